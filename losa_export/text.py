@@ -1,0 +1,190 @@
+"""Text in, token windows out: calibration, tuning and validation all start here.
+
+Needs numpy and tokenizers only, so that an edge box can measure perplexity as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from losa_export.errors import CheckpointError, TextError
+
+PLAIN_SUFFIXES = (".txt", ".text", ".raw", ".tokens", ".md")
+
+Encode = Callable[[str], Sequence[int]]
+
+# Documents encoded in one call: enough to keep the tokenizer busy, few enough that their encodings,
+# which hold offsets and masks as well as ids, stay small beside the ids that are kept.
+_BATCH = 64
+
+
+def read_documents(paths: Iterable[Path]) -> list[str]:
+    """Read the documents of some text files, in the order given.
+
+    A plain file (``.txt``, ``.text``, ``.raw``, ``.tokens``, ``.md``) is *one* document: where a
+    paragraph ends is the author's affair, and a separator token after each would teach the model
+    to stop there. A ``.jsonl`` file holds one document a line, in the field ``text``; other fields
+    are ignored. Documents of nothing but white space are left out.
+
+    Returns: at least one document.
+    Raises: TextError for a missing file, another kind of file, bytes that are not UTF-8, a row that is
+        not an object with a string ``text`` (file and row are named, rows count from 1), or no text at all.
+    """
+    listed = [Path(path) for path in paths]
+    documents = [text for path in listed for text in _documents_of(path) if text.strip()]
+    if not documents:
+        names = ", ".join(f"'{path}'" for path in listed) or "no file"
+        raise TextError(f"there is no text in {names}; name files that hold some", paths=listed)
+    return documents
+
+
+def _documents_of(path: Path) -> Iterator[str]:
+    if path.suffix == ".jsonl":
+        yield from (text for _, text in read_rows(path))
+    elif path.suffix in PLAIN_SUFFIXES:
+        yield _read_utf8(path)
+    else:
+        raise TextError(
+            f"'{path}' is not a kind of text that can be read; "
+            f"give .jsonl with a field 'text', or plain text ({', '.join(PLAIN_SUFFIXES)})",
+            path=path,
+        )
+
+
+def read_rows(path: Path) -> Iterator[tuple[dict[str, object], str]]:
+    """Yield each row of a ``.jsonl`` file, with its ``text``. Raises: TextError, as `read_documents`."""
+    # Not splitlines(): that also splits at U+2028 and its like, which JSON allows inside a string.
+    for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise TextError(
+                f"row {number} of '{path}' is not JSON ({error.msg} at column {error.colno}); "
+                "mend the row or take it out",
+                path=path,
+                row=number,
+            ) from error
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise TextError(
+                f"row {number} of '{path}' has no string field 'text'; "
+                'each row must look like {"text": "…"}',
+                path=path,
+                row=number,
+            )
+        yield row, text
+
+
+def _read_utf8(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        row = error.object[: error.start].count(b"\n") + 1
+        raise TextError(
+            f"'{path}' is not UTF-8: byte {error.start}, row {row}; save it again as UTF-8",
+            path=path,
+            row=row,
+        ) from error
+    except OSError as error:
+        raise TextError(
+            f"the text file '{path}' cannot be read ({error.strerror}); check the path", path=path
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Load the fast tokenizer of a checkpoint or export folder, without transformers.
+
+    Raises: CheckpointError when ``tokenizer.json`` is missing or cannot be parsed.
+    """
+    path = Path(folder) / "tokenizer.json"
+    try:
+        definition = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"'{folder}' has no readable tokenizer.json ({error.strerror}); "
+            "save the checkpoint's fast tokenizer there (tokenizer.save_pretrained)",
+            path=path,
+        ) from error
+    try:
+        return Tokenizer.from_buffer(definition)
+    except Exception as error:  # tokenizers raises bare Exception, whatever the fault
+        raise CheckpointError(
+            f"'{path}' is not a tokenizer that can be read ({error}); copy it from the model again", path=path
+        ) from error
+
+
+def encode_documents(
+    documents: Sequence[str], tokenizer: Tokenizer | Encode, separator: int | None
+) -> NDArray[np.int64]:
+    """Encode all documents as one stream of token ids, without special tokens.
+
+    Args:
+        documents: the texts, in order.
+        tokenizer: a fast tokenizer, or a function from text to ids.
+        separator: id put *between* documents, usually end-of-text; None joins them bare.
+
+    Returns: (tokens,) int64.
+    """
+    pieces: list[NDArray[np.int64]] = []
+    for start in range(0, len(documents), _BATCH):
+        batch = list(documents[start : start + _BATCH])
+        if isinstance(tokenizer, Tokenizer):
+            encodings = tokenizer.encode_batch(batch, add_special_tokens=False)
+            rows: Iterable[Sequence[int]] = (encoding.ids for encoding in encodings)
+        else:
+            rows = (tokenizer(text) for text in batch)
+        for row in rows:
+            if pieces and separator is not None:
+                pieces.append(np.array([separator], dtype=np.int64))
+            pieces.append(np.asarray(row, dtype=np.int64))
+    return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
+
+
+def token_windows(
+    documents: Sequence[str],
+    tokenizer: Tokenizer | Encode,
+    window: int,
+    count: int | None,
+    seed: int | None,
+    *,
+    separator: int | None,
+) -> NDArray[np.int64]:
+    """Cut non-overlapping windows out of the joined documents, in an order fixed by the seed.
+
+    The tail that fills no window is dropped. A window may start inside a document and span several.
+
+    Args:
+        documents: the texts, in order.
+        tokenizer: a fast tokenizer, or a function from text to ids.
+        window: tokens in a window, ≥ 1.
+        count: how many windows; None takes all there are.
+        seed: of the shuffle, done before `count` is taken; None keeps the order of the text.
+        separator: id put between documents, usually end-of-text; None joins them bare.
+
+    Returns: (windows, window) int64.
+    Raises: TextError when the text fills fewer than `count` windows (or none at all): it tells
+        the tokens there are and the tokens needed.
+    """
+    stream = encode_documents(documents, tokenizer, separator)
+    there, wanted = stream.size // window, 1 if count is None else count
+    if there < max(wanted, 1):
+        needed = max(wanted, 1) * window
+        raise TextError(
+            f"the text has {stream.size} tokens, {there} windows of {window}, but {needed} tokens "
+            f"({wanted} windows) are needed; give more text, or ask for shorter or fewer windows",
+            tokens=int(stream.size),
+            needed=needed,
+            window=window,
+        )
+    windows = stream[: there * window].reshape(there, window)
+    if seed is not None:
+        windows = windows[np.random.default_rng(seed).permutation(there)]
+    return np.ascontiguousarray(windows[:count])
