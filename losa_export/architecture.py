@@ -1,0 +1,377 @@
+"""What a decoder is made of: read from `config.json`, checked, and frozen.
+
+The families here share one block: RMS norm, rotary grouped-query attention, RMS norm, SiLU-gated MLP.
+They differ in biases, in norms of queries and keys, in the tied head, and in how rotary frequencies are
+scaled; those are the fields of `DecoderSpec`. A model with anything else is refused by name rather than
+exported wrongly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_export.errors import CheckpointError, UnsupportedArchitectureError
+
+SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+# Linears of one block, in the order in which a token meets them. These are what gets pruned.
+BLOCK_LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+block_linears = BLOCK_LINEARS
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+
+RopeKind = Literal["default", "linear", "llama3"]
+_ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3")
+_DEFAULT_THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary position embedding: base `theta`, and how its frequencies are stretched for long contexts.
+
+    `factor` is used by 'linear' and 'llama3'; the other three fields by 'llama3' alone.
+    """
+
+    theta: float
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 0
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """The shape and options of one decoder. Sizes count elements; `attention_bias` is that of q, k and v."""
+
+    architecture: str
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeSpec
+    max_positions: int
+    tied_embeddings: bool
+    attention_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    sliding_window: int | None
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, object], where: Path) -> DecoderSpec:
+        """Read the spec of a Hugging Face `config.json`, in the spelling of transformers 4 or 5.
+
+        Args:
+            config: the parsed file.
+            where: the file, for messages.
+
+        Raises:
+            UnsupportedArchitectureError: another model family, activation, rotary scaling or window layout.
+            CheckpointError: a field is missing, of the wrong type, or contradicts another.
+        """
+        fields = _Fields(config, where)
+        architecture = _architecture(config, where)
+        family = architecture.removesuffix("ForCausalLM").lower()
+        activation = fields.text("hidden_act", "silu")
+        if activation not in ("silu", "swish"):
+            raise UnsupportedArchitectureError(
+                f"{where}: hidden_act is '{activation}'; only 'silu' is supported", activation=activation
+            )
+        hidden_size = fields.positive("hidden_size")
+        num_heads = fields.positive("num_attention_heads")
+        # Qwen3's class default is 128 whatever the hidden size; the others divide.
+        head_dim = fields.positive("head_dim", 128 if family == "qwen3" else max(1, hidden_size // num_heads))
+        num_kv_heads = fields.positive("num_key_value_heads", num_heads)
+        max_positions = fields.positive("max_position_embeddings")
+        bias = fields.flag("attention_bias", False) if family in ("llama", "qwen3") else family == "qwen2"
+        spec = cls(
+            architecture=architecture,
+            model_type=family,
+            vocab_size=fields.positive("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=fields.positive("intermediate_size"),
+            num_layers=fields.positive("num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            rope=_rope(config, where, max_positions),
+            max_positions=max_positions,
+            tied_embeddings=fields.flag("tie_word_embeddings", False),
+            attention_bias=bias,
+            output_bias=bias and family != "qwen2",
+            mlp_bias=fields.flag("mlp_bias", False) if family == "llama" else False,
+            qk_norm=family == "qwen3",
+            sliding_window=_sliding_window(fields, family, max_positions),
+            bos_token_id=fields.token("bos_token_id"),
+            eos_token_ids=fields.tokens("eos_token_id"),
+            pad_token_id=fields.token("pad_token_id"),
+        )
+        if num_heads % num_kv_heads:
+            raise CheckpointError(
+                f"{where}: num_attention_heads {num_heads} is not a multiple of "
+                f"num_key_value_heads {num_kv_heads}"
+            )
+        if head_dim % 2:
+            raise CheckpointError(f"{where}: head_dim {head_dim} is odd; rotary embeddings turn pairs")
+        return spec
+
+
+def prunable_names(spec: DecoderSpec) -> tuple[str, ...]:
+    """Names of the weights that may be pruned: every linear of every block, in forward order."""
+    return tuple(
+        f"model.layers.{layer}.{linear}.weight"
+        for layer in range(spec.num_layers)
+        for linear in BLOCK_LINEARS
+    )
+
+
+def linear_shape(spec: DecoderSpec, linear: str) -> tuple[int, int]:
+    """(out, in) of a block's linear, named as in `BLOCK_LINEARS`."""
+    query, key_value = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    hidden, wide = spec.hidden_size, spec.intermediate_size
+    return {
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (key_value, hidden),
+        "self_attn.v_proj": (key_value, hidden),
+        "self_attn.o_proj": (hidden, query),
+        "mlp.gate_proj": (wide, hidden),
+        "mlp.up_proj": (wide, hidden),
+        "mlp.down_proj": (hidden, wide),
+    }[linear]
+
+
+def linear_has_bias(spec: DecoderSpec, linear: str) -> bool:
+    """Whether a block's linear, named as in `BLOCK_LINEARS`, adds a bias."""
+    if linear.startswith("mlp."):
+        return spec.mlp_bias
+    return spec.output_bias if linear == "self_attn.o_proj" else spec.attention_bias
+
+
+def tensor_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a checkpoint of this spec must hold, and its shape. Others may be present."""
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
+    for layer in range(spec.num_layers):
+        prefix = f"model.layers.{layer}."
+        for linear in BLOCK_LINEARS:
+            shape = linear_shape(spec, linear)
+            shapes[f"{prefix}{linear}.weight"] = shape
+            if linear_has_bias(spec, linear):
+                shapes[f"{prefix}{linear}.bias"] = (shape[0],)
+        if spec.qk_norm:
+            shapes[f"{prefix}self_attn.q_norm.weight"] = (spec.head_dim,)
+            shapes[f"{prefix}self_attn.k_norm.weight"] = (spec.head_dim,)
+        shapes[f"{prefix}input_layernorm.weight"] = (spec.hidden_size,)
+        shapes[f"{prefix}post_attention_layernorm.weight"] = (spec.hidden_size,)
+    shapes[FINAL_NORM] = (spec.hidden_size,)
+    if not spec.tied_embeddings:
+        shapes[HEAD] = (spec.vocab_size, spec.hidden_size)
+    return shapes
+
+
+def inverse_frequencies(spec: DecoderSpec) -> NDArray[np.float32]:
+    """Rotary frequencies in radians per position: (head_dim / 2,) float32.
+
+    Each step is rounded to float32 where PyTorch's reference rounds: an angle is position times frequency, so
+    one lost bit here is a visible phase at position 8,000.
+
+    Source: Su et al. 2021, "RoFormer", arXiv:2104.09864; 'llama3' scaling as released with Llama 3.1.
+    """
+    rope = spec.rope
+    exponent = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
+    powers = np.power(rope.theta, exponent.astype(np.float64)).astype(np.float32)
+    frequency: NDArray[np.float32] = (np.float32(1.0) / powers).astype(np.float32)
+    if rope.kind == "default":
+        return frequency
+    scaled: NDArray[np.float32] = (frequency / np.float32(rope.factor)).astype(np.float32)
+    if rope.kind == "linear":
+        return scaled
+    wavelength = (np.float32(2 * math.pi) / frequency).astype(np.float32)
+    longest = rope.original_max_position / rope.low_freq_factor
+    shortest = rope.original_max_position / rope.high_freq_factor
+    smooth = (
+        np.float32(rope.original_max_position) / wavelength - np.float32(rope.low_freq_factor)
+    ) / np.float32(rope.high_freq_factor - rope.low_freq_factor)
+    blended = (np.float32(1.0) - smooth) * frequency / np.float32(rope.factor) + smooth * frequency
+    result = np.where(wavelength > longest, scaled, np.where(wavelength < shortest, frequency, blended))
+    return result.astype(np.float32)
+
+
+def rotary_caches(spec: DecoderSpec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Cosines and sines for every position: two arrays (max_positions, head_dim / 2) float32."""
+    positions = np.arange(spec.max_positions, dtype=np.float32)
+    # The angle is rounded to float32, as the reference does, before its exact cosine is taken.
+    angles = (positions[:, None] * inverse_frequencies(spec)[None, :]).astype(np.float64)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def _architecture(config: Mapping[str, object], where: Path) -> str:
+    named = config.get("architectures")
+    if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
+        raise CheckpointError(
+            f"{where}: 'architectures' must be a list of one name, such as '{SUPPORTED[0]}', not {named!r}"
+        )
+    if named[0] not in SUPPORTED:
+        raise UnsupportedArchitectureError(
+            f"{where}: architecture '{named[0]}' is not supported; supported are {', '.join(SUPPORTED)}",
+            architecture=named[0],
+            supported=SUPPORTED,
+        )
+    return named[0]
+
+
+def _rope(config: Mapping[str, object], where: Path, max_positions: int) -> RopeSpec:
+    """Both spellings: `rope_parameters` (transformers 5) first, else `rope_theta` + `rope_scaling` (4)."""
+    new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    chosen, field = (new, "rope_parameters") if new is not None else (old, "rope_scaling")
+    if chosen is None:
+        chosen = {}
+    if not isinstance(chosen, Mapping):
+        raise CheckpointError(f"{where}: {field} must be an object, not {chosen!r}")
+    fields = _Fields(chosen, where, prefix=f"{field}.")
+    top = _Fields(config, where)
+    kind = fields.text("rope_type", fields.text("type", "default"))
+    if kind not in _ROPE_KINDS:
+        raise UnsupportedArchitectureError(
+            f"{where}: rotary scaling '{kind}' is not supported; supported are {', '.join(_ROPE_KINDS)}",
+            rope_type=kind,
+        )
+    partial = fields.number("partial_rotary_factor", top.number("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise UnsupportedArchitectureError(
+            f"{where}: partial_rotary_factor is {partial:g}; rotary embeddings must cover whole heads (1.0)"
+        )
+    theta = fields.number("rope_theta", top.number("rope_theta", _DEFAULT_THETA))
+    if kind == "default":
+        return RopeSpec(theta)
+    if kind == "linear":
+        return RopeSpec(theta, "linear", fields.number("factor"))
+    low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
+    if high <= low:
+        raise CheckpointError(
+            f"{where}: {field}.high_freq_factor {high:g} must exceed low_freq_factor {low:g}"
+        )
+    original = fields.positive("original_max_position_embeddings", max_positions)
+    return RopeSpec(theta, "llama3", fields.number("factor"), low, high, original)
+
+
+def _sliding_window(fields: _Fields, family: str, max_positions: int) -> int | None:
+    """Return the one window that all layers share, or None where attention is over everything.
+
+    A window no shorter than the longest sequence hides nothing, so it counts as none.
+    """
+    if family == "llama" or fields.absent("sliding_window"):
+        return None
+    window = fields.positive("sliding_window")
+    if family == "mistral":
+        return window if window < max_positions else None
+    if not fields.flag("use_sliding_window", False):
+        return None
+    layers = fields.positive("num_hidden_layers")
+    kinds = fields.texts("layer_types") or tuple(
+        "sliding_attention" if layer >= fields.natural("max_window_layers", 28) else "full_attention"
+        for layer in range(layers)
+    )
+    if all(kind == "full_attention" for kind in kinds) or window >= max_positions:
+        return None
+    if not all(kind == "sliding_attention" for kind in kinds):
+        raise UnsupportedArchitectureError(
+            f"{fields.where}: some layers use a sliding window and some do not; "
+            "only one window for all layers is supported (or use_sliding_window false)"
+        )
+    return window
+
+
+class _Fields:
+    """Typed reads from a JSON object, with errors that name the file and the field."""
+
+    def __init__(self, values: Mapping[str, object], where: Path, prefix: str = "") -> None:
+        self._values, self.where, self._prefix = values, where, prefix
+
+    def absent(self, name: str) -> bool:
+        return self._values.get(name) is None
+
+    def _wrong(self, name: str, wanted: str) -> CheckpointError:
+        value = self._values.get(name)
+        found = "is missing" if value is None else f"is {value!r}"
+        return CheckpointError(f"{self.where}: {self._prefix}{name} {found}; it must be {wanted}", field=name)
+
+    def positive(self, name: str, default: int | None = None) -> int:
+        value = self._values.get(name)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise self._wrong(name, "a positive integer")
+        return value
+
+    def natural(self, name: str, default: int) -> int:
+        return 0 if self._values.get(name) == 0 else self.positive(name, default)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self._values.get(name)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise self._wrong(name, "a positive number")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self._wrong(name, "true or false")
+        return value
+
+    def text(self, name: str, default: str) -> str:
+        value = self._values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            raise self._wrong(name, "a string")
+        return value
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        value = self._values.get(name)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._wrong(name, "a list of strings")
+        return tuple(value)
+
+    def tokens(self, name: str) -> tuple[int, ...]:
+        value = self._values.get(name)
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+            raise self._wrong(name, "a token id or a list of token ids")
+        return tuple(item for item in items if item >= 0)  # early Llama configs write -1 for "none"
+
+    def token(self, name: str) -> int | None:
+        found = self.tokens(name)
+        return found[0] if found else None
