@@ -367,10 +367,13 @@ class _Fields:
 
     def tokens(self, name: str) -> tuple[int, ...]:
         value = self._values.get(name)
-        items = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
-            raise self._wrong(name, "a token id or a list of token ids")
-        return tuple(item for item in items if item >= 0)  # early Llama configs write -1 for "none"
+        found: list[int] = []
+        for item in value if isinstance(value, list) else [] if value is None else [value]:
+            if isinstance(item, bool) or not isinstance(item, int):
+                raise self._wrong(name, "a token id or a list of token ids")
+            if item >= 0:  # early Llama configs write -1 for "none"
+                found.append(item)
+        return tuple(found)
 
     def token(self, name: str) -> int | None:
         found = self.tokens(name)
