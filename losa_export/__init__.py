@@ -1,0 +1,1 @@
+"""Compress a language model to zeros and serve it from an ordinary CPU."""
