@@ -1,0 +1,372 @@
+"""Does a runtime answer as the reference does? Comparisons of logits, and the gate an export must pass.
+
+Three figures, each for one position (one row of logits) and then summed up over positions:
+
+* relative error: ``max_v |candidate - reference| / sqrt(mean_v reference²)``. The largest difference is
+  set against the row's root mean square, so that neither a model's logit scale nor one outlying logit
+  (a maximum as denominator would be one) hides an error.
+* KL divergence: ``KL(softmax(reference) ‖ softmax(candidate))`` in nats: what a sampler would notice.
+* arg-max agreement: whether a greedy decoder would take the same token.
+
+Everything is computed in float64. Rows, steps and positions count from 0 in every message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_export.errors import ConfigError, GateError
+
+if TYPE_CHECKING:
+    from losa_export.reference import Reference
+    from losa_export.runtimes.base import Runtime
+
+# A row of zeros has no scale; any difference from it is then reported as enormous, not as infinite.
+_SMALLEST_SCALE = 1e-30
+
+
+@dataclass(frozen=True)
+class PositionErrors:
+    """Figures of each position.
+
+    Attributes:
+        relative: (P,) float64, relative error.
+        absolute: (P,) float64, largest absolute difference.
+        kl: (P,) float64, nats, at least 0.
+        agree: (P,) bool, same arg-max.
+        worst_token: (P,) int64, token id of the largest difference.
+    """
+
+    relative: NDArray[np.float64]
+    absolute: NDArray[np.float64]
+    kl: NDArray[np.float64]
+    agree: NDArray[np.bool_]
+    worst_token: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ParityFigures:
+    """The figures of one comparison, over all its positions."""
+
+    positions: int
+    max_relative_error: float
+    max_absolute_error: float
+    kl_mean: float
+    kl_max: float
+    argmax_agreement: float
+
+
+@dataclass(frozen=True)
+class GateThresholds:
+    """What still counts as the same answer. The defaults are for fp32 weights and fp32 arithmetic.
+
+    Two correct fp32 runtimes sum in different orders; through 30 layers that leaves relative errors of
+    about 1e-5 to 1e-4 and a KL below 1e-8. A wrong rope base, a missing bias or one swapped head gives
+    a relative error above 1e-1. The defaults stand between the two.
+
+    Attributes:
+        max_relative_error: largest relative error of any position.
+        max_kl: largest KL(reference ‖ candidate) of any position, nats.
+        tie_margin: a different arg-max is tolerated, and reported, only where the reference's own top-1
+            logit leads its top-2 by at most this fraction of the row's root mean square: its choice
+            there is rounding, not an answer.
+    """
+
+    max_relative_error: float = 1e-3
+    max_kl: float = 1e-5
+    tie_margin: float = 2e-4
+
+    def __post_init__(self) -> None:
+        for field in ("max_relative_error", "max_kl", "tie_margin"):
+            value = getattr(self, field)
+            if not (np.isfinite(value) and value >= 0):
+                raise ConfigError(f"GateThresholds.{field} is {value}; give a finite number of at least 0", field=field)
+
+
+@dataclass(frozen=True)
+class ToleratedFlip:
+    """A step where the runtime's top token differs from the reference's, at a tie of the reference."""
+
+    prompt: int
+    step: int
+    expected: int
+    got: int
+    reference_margin: float
+
+
+@dataclass(frozen=True)
+class GreedyFigures:
+    """Outcome of the greedy continuation: `tokens` compared, `equal` of them the same."""
+
+    tokens: int
+    equal: int
+    tolerated: tuple[ToleratedFlip, ...]
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """A passed gate. `as_dict` gives what `export.json` stores."""
+
+    runtime: str
+    prompts: int
+    prompt_tokens: int
+    prefill: ParityFigures
+    decode: ParityFigures
+    batch3: ParityFigures
+    greedy: GreedyFigures
+    thresholds: GateThresholds
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain dictionaries, lists and numbers, ready for `json.dumps`."""
+        return asdict(self)
+
+
+def log_softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Logarithm of the softmax over the last axis, in float64, shifted by the maximum (no overflow)."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
+
+
+def position_errors(reference: NDArray[np.floating[Any]], candidate: NDArray[np.floating[Any]]) -> PositionErrors:
+    """Compare two stacks of logits position by position.
+
+    Args:
+        reference: (..., V) finite logits; the leading axes are flattened to P positions.
+        candidate: same shape, finite.
+
+    Raises:
+        GateError: the shapes differ, or a value is NaN or infinite.
+    """
+    if reference.shape != candidate.shape:
+        raise GateError(
+            f"logits have shape {candidate.shape}, the reference has {reference.shape}; "
+            "both must come from the same prompt and vocabulary",
+            shape=candidate.shape,
+            expected=reference.shape,
+        )
+    for owner, logits in (("the reference", reference), ("the runtime", candidate)):
+        _require_finite(logits, owner)
+    a = reference.reshape(-1, reference.shape[-1]).astype(np.float64)
+    b = candidate.reshape(-1, candidate.shape[-1]).astype(np.float64)
+    difference = np.abs(b - a)
+    scale = np.maximum(np.sqrt(np.mean(a * a, axis=1)), _SMALLEST_SCALE)
+    absolute = difference.max(axis=1)
+    log_a, log_b = log_softmax(a), log_softmax(b)
+    kl = np.sum(np.exp(log_a) * (log_a - log_b), axis=1)
+    return PositionErrors(
+        relative=absolute / scale,
+        absolute=absolute,
+        kl=np.maximum(kl, 0.0),  # rounding alone can leave -1e-17
+        agree=a.argmax(axis=1) == b.argmax(axis=1),
+        worst_token=difference.argmax(axis=1).astype(np.int64),
+    )
+
+
+def compare(reference: NDArray[np.floating[Any]], candidate: NDArray[np.floating[Any]]) -> ParityFigures:
+    """The figures of `candidate` against `reference`, both (..., V), over all positions.
+
+    Raises:
+        GateError: see `position_errors`.
+    """
+    return summarise([position_errors(reference, candidate)])
+
+
+def summarise(parts: list[PositionErrors]) -> ParityFigures:
+    """One set of figures over all positions of all `parts` (at least one position)."""
+    kl = np.concatenate([part.kl for part in parts])
+    return ParityFigures(
+        positions=len(kl),
+        max_relative_error=float(max(part.relative.max() for part in parts)),
+        max_absolute_error=float(max(part.absolute.max() for part in parts)),
+        kl_mean=float(kl.mean()),
+        kl_max=float(kl.max()),
+        argmax_agreement=float(np.concatenate([part.agree for part in parts]).mean()),
+    )
+
+
+def gate(reference: Reference, runtime: Runtime, thresholds: GateThresholds | None = None) -> GateReport:
+    """Hold a runtime against the reference: prefill, decode with a past, a batch, and greedy tokens.
+
+    Decoding is fed the reference's own greedy tokens. As long as the runtime picks the same ones this
+    is its free greedy run; after a tolerated tie it keeps the two comparable.
+
+    Args:
+        reference: prompts of equal length S with logits (P, S, V), greedy tokens (P, G), logits of the
+            first decode steps (P, D, V) and the top-1 margins (P, G).
+        runtime: any loaded runtime; its states are made here.
+        thresholds: what counts as equal; None for the fp32 defaults.
+
+    Returns:
+        Figures of each section; every section has passed.
+
+    Raises:
+        GateError: names the first diverging output ("prefill of prompt 1, position 7") with its
+            figures; also for logits of a wrong shape, NaN or infinity, or an empty reference.
+    """
+    limits = thresholds or GateThresholds()
+    rows = len(reference.prompts)
+    if rows == 0 or reference.greedy.shape[1] < 2 or reference.decode_logits.shape[1] == 0:
+        raise GateError(
+            "the reference holds no prompts or no decode steps, so nothing could be proved by it; "
+            "compute it again from the checkpoint"
+        )
+    prompt_tokens = len(reference.prompts[0])
+    capacity = prompt_tokens + reference.greedy.shape[1]
+    checker = _Checker(limits, runtime.name)
+
+    prefill: list[PositionErrors] = []
+    decode: list[PositionErrors] = []
+    for prompt in range(rows):
+        state = runtime.new_state(1, capacity)
+        logits = runtime.prefill(state, 0, reference.prompts[prompt])
+        prefill.append(
+            checker.check(
+                reference.logits[prompt],
+                logits,
+                [f"prefill of prompt {prompt}, position {position}" for position in range(prompt_tokens)],
+            )
+        )
+        for step in range(reference.decode_logits.shape[1]):
+            logits = runtime.decode(state, reference.greedy[prompt : prompt + 1, step])
+            decode.append(
+                checker.check(
+                    reference.decode_logits[prompt, step : step + 1],
+                    logits,
+                    [f"decode with past of prompt {prompt}, step {step}"],
+                )
+            )
+
+    batch: list[PositionErrors] = []
+    greedy = _Greedy(reference, limits, runtime.name)
+    state = runtime.new_state(rows, capacity)
+    last = np.stack([runtime.prefill(state, row, reference.prompts[row])[-1] for row in range(rows)])
+    for row in range(rows):
+        # Filling row 1 must not disturb row 0, nor may a row above 0 be filled wrongly.
+        checker.check(
+            reference.logits[row, -1:],
+            last[row : row + 1],
+            [f"prefill of prompt {row} into row {row} of a batch of {rows}, last position"],
+        )
+    greedy.step(0, last)
+    for step in range(reference.greedy.shape[1] - 1):
+        logits = runtime.decode(state, reference.greedy[:, step])
+        if step < reference.decode_logits.shape[1]:
+            batch.append(
+                checker.check(
+                    reference.decode_logits[:, step],
+                    logits,
+                    [f"decode in a batch of {rows}, step {step}, row {row}" for row in range(rows)],
+                )
+            )
+        greedy.step(step + 1, logits)
+
+    return GateReport(
+        runtime=runtime.name,
+        prompts=rows,
+        prompt_tokens=prompt_tokens,
+        prefill=summarise(prefill),
+        decode=summarise(decode),
+        batch3=summarise(batch),
+        greedy=greedy.figures(),
+        thresholds=limits,
+    )
+
+
+class _Checker:
+    """Compares positions in the order they were computed, and raises at the first that diverges."""
+
+    def __init__(self, limits: GateThresholds, runtime: str) -> None:
+        self._limits = limits
+        self._runtime = runtime
+
+    def check(
+        self,
+        reference: NDArray[np.floating[Any]],
+        candidate: NDArray[np.floating[Any]],
+        places: list[str],
+    ) -> PositionErrors:
+        """Figures of (P, V) logits; `places` names the P positions."""
+        if candidate.shape != reference.shape:
+            raise GateError(
+                f"runtime '{self._runtime}' gives logits of shape {candidate.shape} at {places[0]}, "
+                f"the reference has {reference.shape}; the vocabulary or the prompt length differs",
+                where=places[0],
+            )
+        for place, logits in zip(places, candidate, strict=True):
+            _require_finite(logits, f"runtime '{self._runtime}'", place)
+        errors = position_errors(reference, candidate)
+        limits = self._limits
+        bad = (errors.relative > limits.max_relative_error) | (errors.kl > limits.max_kl)
+        for index in np.flatnonzero(bad)[:1]:
+            relative, kl = float(errors.relative[index]), float(errors.kl[index])
+            token = int(errors.worst_token[index])
+            raise GateError(
+                f"runtime '{self._runtime}' does not answer as the reference: the first output that "
+                f"diverges is {places[index]}, token {token} "
+                f"({float(candidate[index, token]):.6g} instead of {float(reference[index, token]):.6g}): "
+                f"relative error {relative:.3g} (limit {limits.max_relative_error:.3g}), "
+                f"KL {kl:.3g} (limit {limits.max_kl:.3g}), "
+                f"arg-max {'agrees' if errors.agree[index] else 'differs'}",
+                where=places[index],
+                token=token,
+                relative_error=relative,
+                kl=kl,
+            )
+        return errors
+
+
+class _Greedy:
+    """Counts equal greedy tokens, tolerating a flip only at a tie of the reference."""
+
+    def __init__(self, reference: Reference, limits: GateThresholds, runtime: str) -> None:
+        self._reference = reference
+        self._runtime = runtime
+        last = reference.logits[:, -1].astype(np.float64)
+        # One scale for each prompt: logits of later steps are not all stored, their scale hardly moves.
+        self._tie = limits.tie_margin * np.sqrt(np.mean(last * last, axis=1))
+        self._tolerated: list[ToleratedFlip] = []
+        self._tokens = 0
+
+    def step(self, step: int, logits: NDArray[np.floating[Any]]) -> None:
+        """Hold the arg-max of `logits` (P, V) against the reference's greedy token `step`."""
+        for row, line in enumerate(logits):
+            _require_finite(line, f"runtime '{self._runtime}'", f"greedy token {step}, row {row}")
+            got, expected = int(np.argmax(line)), int(self._reference.greedy[row, step])
+            self._tokens += 1
+            if got == expected:
+                continue
+            margin = float(self._reference.greedy_margin[row, step])
+            if not margin <= self._tie[row]:
+                raise GateError(
+                    f"runtime '{self._runtime}' does not continue as the reference: the first output that "
+                    f"diverges is greedy token {step}, row {row}: token {got} instead of {expected}, where "
+                    f"the reference's top token leads by {margin:.3g} (a tie is at most "
+                    f"{self._tie[row]:.3g})",
+                    where=f"greedy token {step}, row {row}",
+                    token=got,
+                    expected=expected,
+                    margin=margin,
+                )
+            self._tolerated.append(ToleratedFlip(row, step, expected, got, margin))
+
+    def figures(self) -> GreedyFigures:
+        return GreedyFigures(self._tokens, self._tokens - len(self._tolerated), tuple(self._tolerated))
+
+
+def _require_finite(logits: NDArray[np.floating[Any]], owner: str, where: str = "") -> None:
+    if np.isfinite(logits).all():
+        return
+    kind = "NaN" if np.isnan(logits).any() else "infinite"
+    token = int(np.argmax(~np.isfinite(logits.reshape(-1)))) % logits.shape[-1]
+    raise GateError(
+        f"{owner} gives {kind} logits{f' at {where}' if where else ''} (first: token {token}); "
+        "a weight or a kernel is broken, or a value left the range of its type",
+        where=where,
+        token=token,
+    )
