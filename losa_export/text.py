@@ -75,8 +75,7 @@ def read_rows(path: Path) -> Iterator[tuple[dict[str, object], str]]:
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise TextError(
-                f"row {number} of '{path}' has no string field 'text'; "
-                'each row must look like {"text": "…"}',
+                f"row {number} of '{path}' has no string field 'text'; each row must look like {{\"text\": \"…\"}}",
                 path=path,
                 row=number,
             )

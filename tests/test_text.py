@@ -36,9 +36,7 @@ def test_a_plain_file_is_one_document_with_its_blank_lines(tmp_path: Path) -> No
 
 
 def test_each_jsonl_row_is_a_document_and_empty_ones_are_left_out(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "a.jsonl", '{"text": "one\u2028still one", "title": "x"}\n\n{"text": " "}\n{"text": "two"}'
-    )
+    path = write(tmp_path / "a.jsonl", '{"text": "one\u2028still one", "title": "x"}\n\n{"text": " "}\n{"text": "two"}')
     assert read_documents([path]) == ["one\u2028still one", "two"]
 
 
@@ -74,9 +72,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_an_unknown_kind_of_file_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", "PAR1")
-    with pytest.raises(
-        TextError, match=r"a\.parquet' is not a kind of text that can be read; give \.jsonl .*\.txt"
-    ):
+    with pytest.raises(TextError, match=r"a\.parquet' is not a kind of text that can be read; give \.jsonl .*\.txt"):
         read_documents([path])
 
 
@@ -94,9 +90,7 @@ def test_documents_are_joined_by_the_separator_without_special_tokens() -> None:
 
 
 def test_without_a_separator_documents_touch() -> None:
-    assert token_windows(["a b", "c"], word_tokenizer(), 3, None, None, separator=None).tolist() == [
-        [1, 2, 3]
-    ]
+    assert token_windows(["a b", "c"], word_tokenizer(), 3, None, None, separator=None).tolist() == [[1, 2, 3]]
 
 
 def test_a_function_from_text_to_ids_serves_as_tokenizer() -> None:
@@ -115,9 +109,7 @@ def test_more_documents_than_one_batch_keep_their_order() -> None:
     window=st.integers(1, 9),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_shuffled_windows_are_the_windows_of_the_text_each_once(
-    documents: list[str], window: int, seed: int
-) -> None:
+def test_shuffled_windows_are_the_windows_of_the_text_each_once(documents: list[str], window: int, seed: int) -> None:
     stream = sum(len(text) for text in documents) + len(documents) - 1
     if stream < window:
         with pytest.raises(TextError, match=f"the text has {stream} tokens"):
@@ -138,9 +130,7 @@ def test_fewer_windows_are_a_prefix_of_more() -> None:
 
 
 def test_text_shorter_than_one_window_tells_both_counts_and_the_mend() -> None:
-    with pytest.raises(
-        TextError, match=r"the text has 4 tokens, 0 windows of 16, but 16 tokens .*give more text"
-    ):
+    with pytest.raises(TextError, match=r"the text has 4 tokens, 0 windows of 16, but 16 tokens .*give more text"):
         token_windows(["abcd"], letters, 16, None, 0, separator=0)
 
 
@@ -155,15 +145,11 @@ def test_a_saved_tokenizer_loads_again(tmp_path: Path) -> None:
 
 
 def test_a_missing_tokenizer_is_named_with_the_mend(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"has no readable tokenizer\.json \(No such file.*save_pretrained"
-    ):
+    with pytest.raises(CheckpointError, match=r"has no readable tokenizer\.json \(No such file.*save_pretrained"):
         load_tokenizer(tmp_path)
 
 
 def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
     write(tmp_path / "tokenizer.json", "{")
-    with pytest.raises(
-        CheckpointError, match=r"tokenizer\.json' is not a tokenizer that can be read .*copy it"
-    ):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json' is not a tokenizer that can be read .*copy it"):
         load_tokenizer(tmp_path)
