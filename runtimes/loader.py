@@ -1,0 +1,39 @@
+"""Load a model folder on the engine asked for by name; an engine that is missing is an error, never replaced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from losa_export.errors import ConfigError
+from losa_export.runtimes.base import RUNTIME_NAMES, Runtime, RuntimeName
+
+
+def load_runtime(name: RuntimeName, folder: Path, *, threads: int | None = None) -> Runtime:
+    """Load `folder` on one engine.
+
+    Args:
+        name: 'ort' (ONNX Runtime with our kernels), 'ort-stock' (the same file without them) or
+            'torch' (a Hugging Face checkpoint through transformers).
+        folder: an exported `onnx/` for the first two, a checkpoint for the last.
+        threads: compute threads within one operation; None takes what the machine offers.
+
+    Raises:
+        ConfigError: for an unknown name or an impossible number of threads.
+        CheckpointError: when the folder lacks what the engine loads.
+        UnsafePathError: when external data leaves the folder.
+        FormatError: when a compressed weight contradicts itself.
+        KernelError: when 'ort' was asked for and the native library or the kernel row is missing.
+        MissingDependencyError: when 'torch' was asked for and is not installed.
+        RuntimeFailureError: when the engine refuses the model for another reason.
+    """
+    if name in ("ort", "ort-stock"):
+        from losa_export.runtimes.ort import OrtRuntime
+
+        return OrtRuntime.load(folder, threads=threads, custom_op=name == "ort")
+    if name == "torch":
+        from losa_export.runtimes.torch_cpu import TorchRuntime
+
+        return TorchRuntime.load(folder, threads=threads)
+    raise ConfigError(
+        f"runtime {name!r} is not known; choose one of {', '.join(RUNTIME_NAMES)}", field="runtime"
+    )
