@@ -1,0 +1,47 @@
+// One row per instruction set. To add an instruction set: write src/<name>.cpp with its row, add the row
+// to the ordered table in src/dispatch.cpp, and its compile flags to CMakeLists.txt.
+#pragma once
+#include <string>
+
+#include "losa/sparse_fp32.h"
+
+namespace losa {
+
+struct KernelRow {
+  const char* name;
+  bool (*supported)();
+
+  /// y[m, n] = sum over k of x[m, k] W[n, k], for every token m and the rows n of `blocks`.
+  /// x (tokens, columns) and y (tokens, rows) are dense and row-major. Sums run in the order of k with a
+  /// fixed number of partial sums, so a result depends on neither threads nor the cut into tasks.
+  void (*decode)(const SparseFp32& w, BlockRange blocks, const float* x, int64_t tokens, float* y);
+
+  /// The same for many tokens, from packed activations (token_tiles.h). Null: decode serves any count.
+  void (*prefill)(const SparseFp32& w, BlockRange blocks, const float* packed, int64_t tokens, float* y);
+  /// Writes columns [first, last) of tile `tile` into `packed`.
+  void (*pack)(const float* x, int64_t tokens, int64_t columns, int64_t tile, float* packed);
+  /// Fewest tokens for which packing pays.
+  int64_t prefill_min_tokens;
+};
+
+extern const KernelRow kScalarRow;
+#ifdef LOSA_X86
+extern const KernelRow kAvx2Row;
+extern const KernelRow kAvx512Row;
+#endif
+
+struct KernelTable {
+  const KernelRow* const* rows;  // best first; the last one is scalar, which always runs
+  size_t count;
+};
+
+KernelTable kernel_table();
+
+/// The row called `name`, or the best one this CPU runs if `name` is null or empty.
+/// On failure returns null and says in `error` what is wrong.
+const KernelRow* select_row(const char* name, std::string* error);
+
+/// select_row of the environment variable LOSA_KERNEL, read at each call.
+const KernelRow* select_row_from_environment(std::string* error);
+
+}  // namespace losa

@@ -1,0 +1,18 @@
+// Cuts one product into tasks and runs them on the caller's threads.
+#pragma once
+#include "losa/kernel_table.h"
+
+namespace losa {
+
+/// Runs task(argument, 0 .. count-1), in any order, possibly at once, and returns when all are done.
+struct Parallel {
+  void (*run)(void* context, size_t count, void (*task)(void* argument, size_t index), void* argument);
+  void* context;
+};
+
+/// y (tokens, rows) = x (tokens, columns) W^T with the kernels of `row`.
+/// Returns false if memory for the packed activations ran out; y is then unspecified.
+bool multiply(const KernelRow& row, const SparseFp32& w, const float* x, int64_t tokens, float* y,
+              const Parallel& parallel) noexcept;
+
+}  // namespace losa

@@ -1,0 +1,118 @@
+// The C interface behind losa_export/runtimes/native.py: plain pointers in, an error code and text out.
+#include <cstdio>
+#include <exception>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "losa/export.h"
+#include "losa/matmul.h"
+#include "losa/validate.h"
+
+#ifndef LOSA_VERSION
+#define LOSA_VERSION "0"
+#endif
+
+namespace {
+
+// Read by native.py; keep the two in step.
+enum Code : int { kOk = 0, kFormatError = 1, kKernelError = 2, kOutOfMemory = 3 };
+
+int report(Code code, const std::string& message, char* error, size_t capacity) {
+  if (capacity != 0) std::snprintf(error, capacity, "%s", message.c_str());
+  return code;
+}
+
+std::string quoted(const std::string& text) {
+  std::string result = "\"";
+  for (char c : text) {
+    if (c == '"' || c == '\\') result += '\\';
+    result += static_cast<unsigned char>(c) < 0x20 ? '?' : c;
+  }
+  return result + '"';
+}
+
+std::string description() {
+  std::string error;
+  const losa::KernelRow* row = losa::select_row_from_environment(&error);
+  std::string available, compiled;
+  const losa::KernelTable table = losa::kernel_table();
+  for (size_t i = 0; i < table.count; ++i) {
+    const std::string name = quoted(table.rows[i]->name);
+    compiled += (compiled.empty() ? "" : ", ") + name;
+    if (table.rows[i]->supported()) available += (available.empty() ? "" : ", ") + name;
+  }
+  return "{\"version\": " + quoted(LOSA_VERSION) + ", \"row\": " + (row ? quoted(row->name) : "null") +
+         ", \"error\": " + (row ? "null" : quoted(error)) + ", \"compiled_rows\": [" + compiled +
+         "], \"available_rows\": [" + available + "]}";
+}
+
+/// Hands indices out to `threads` threads made for this call: for tests and small tools; ONNX Runtime
+/// brings a pool of its own.
+void run_on_threads(void* context, size_t count, void (*task)(void*, size_t), void* argument) {
+  const size_t threads = *static_cast<const size_t*>(context);
+  std::vector<std::thread> workers;
+  const auto work = [=](size_t start) {
+    for (size_t i = start; i < count; i += threads) task(argument, i);
+  };
+  for (size_t i = 1; i < threads && i < count; ++i) workers.emplace_back(work, i);
+  work(0);
+  for (std::thread& worker : workers) worker.join();
+}
+
+}  // namespace
+
+extern "C" {
+
+/// JSON with version, chosen row (or null and error), compiled and available rows. Writes at most
+/// `capacity` bytes with a final zero; returns the length of the whole text.
+LOSA_EXPORT size_t losa_describe(char* text, size_t capacity) {
+  try {
+    const std::string json = description();
+    if (capacity != 0) std::snprintf(text, capacity, "%s", json.c_str());
+    return json.size();
+  } catch (const std::exception&) {
+    return 0;
+  }
+}
+
+LOSA_EXPORT int losa_validate_fp32(int64_t rows, int64_t columns, int64_t layout, const uint8_t* masks,
+                                   size_t mask_bytes, const float* values, size_t value_count,
+                                   const int64_t* block_offsets, size_t offset_count, char* error,
+                                   size_t error_capacity) {
+  try {
+    std::string message;
+    losa::SparseFp32 weight{};
+    const losa::SparseFp32Parts parts{rows,        columns,       layout,      masks, mask_bytes, values,
+                                      value_count, block_offsets, offset_count};
+    if (losa::validate(parts, &weight, &message)) return kOk;
+    return report(kFormatError, message, error, error_capacity);
+  } catch (const std::exception& caught) {
+    return report(kOutOfMemory, caught.what(), error, error_capacity);
+  }
+}
+
+/// y (tokens, rows) = x (tokens, columns) W^T. `row` may be null: LOSA_KERNEL, or the best.
+LOSA_EXPORT int losa_matmul_fp32(const char* row, int64_t rows, int64_t columns, int64_t layout,
+                                 const uint8_t* masks, size_t mask_bytes, const float* values,
+                                 size_t value_count, const int64_t* block_offsets, size_t offset_count,
+                                 const float* x, int64_t tokens, float* y, size_t threads, char* error,
+                                 size_t error_capacity) {
+  try {
+    std::string message;
+    const losa::KernelRow* chosen =
+        row != nullptr ? losa::select_row(row, &message) : losa::select_row_from_environment(&message);
+    if (chosen == nullptr) return report(kKernelError, message, error, error_capacity);
+    losa::SparseFp32 weight{};
+    const losa::SparseFp32Parts parts{rows,        columns,       layout,      masks, mask_bytes, values,
+                                      value_count, block_offsets, offset_count};
+    if (!losa::validate(parts, &weight, &message)) return report(kFormatError, message, error, error_capacity);
+    if (!losa::multiply(*chosen, weight, x, tokens, y, {run_on_threads, &threads}))
+      return report(kOutOfMemory, "out of memory for packed activations", error, error_capacity);
+    return kOk;
+  } catch (const std::exception& caught) {
+    return report(kOutOfMemory, caught.what(), error, error_capacity);
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,109 @@
+#include "losa/matmul.h"
+
+#include <cstdlib>
+
+#include "losa/token_tiles.h"
+
+namespace losa {
+namespace {
+
+// A task below this many weights costs more to hand out than to run; above kMaxTasks they only crowd.
+constexpr int64_t kDecodeTaskWeights = 48 * 1024;
+constexpr int64_t kMaxTasks = 64;
+constexpr int64_t kPrefillTasks = 16;
+constexpr int64_t kPrefillMaxBlocks = 8;
+
+/// The calling thread's packed activations: grows to the largest product seen, freed with the thread.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  float* reserve(int64_t floats) {
+    if (floats > capacity_) {
+      std::free(data_);
+      const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
+      data_ = static_cast<float*>(std::aligned_alloc(64, bytes));
+      capacity_ = data_ == nullptr ? 0 : floats;
+    }
+    return data_;
+  }
+
+ private:
+  float* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+thread_local Scratch packed_scratch;
+
+struct Job {
+  const KernelRow& row;
+  const SparseFp32& w;
+  const float* x;
+  int64_t tokens;
+  float* y;
+  float* packed;
+  int64_t blocks_per_task;
+
+  BlockRange blocks(size_t task) const {
+    const int64_t first = static_cast<int64_t>(task) * blocks_per_task;
+    const int64_t last = first + blocks_per_task;
+    return {first, last < w.blocks() ? last : w.blocks()};
+  }
+  size_t tasks() const { return static_cast<size_t>((w.blocks() + blocks_per_task - 1) / blocks_per_task); }
+};
+
+void decode_task(void* argument, size_t index) {
+  const Job& job = *static_cast<const Job*>(argument);
+  job.row.decode(job.w, job.blocks(index), job.x, job.tokens, job.y);
+}
+
+void pack_task(void* argument, size_t index) {
+  const Job& job = *static_cast<const Job*>(argument);
+  job.row.pack(job.x, job.tokens, job.w.columns, static_cast<int64_t>(index), job.packed);
+}
+
+void prefill_task(void* argument, size_t index) {
+  const Job& job = *static_cast<const Job*>(argument);
+  job.row.prefill(job.w, job.blocks(index), job.packed, job.tokens, job.y);
+}
+
+void run(const Parallel& parallel, size_t count, void (*task)(void*, size_t), Job* job) {
+  if (count == 1)
+    task(job, 0);
+  else
+    parallel.run(parallel.context, count, task, job);
+}
+
+int64_t clamp(int64_t value, int64_t low, int64_t high) {
+  return value < low ? low : value > high ? high : value;
+}
+
+}  // namespace
+
+bool multiply(const KernelRow& row, const SparseFp32& w, const float* x, int64_t tokens, float* y,
+              const Parallel& parallel) noexcept {
+  if (tokens <= 0) return true;
+  const int64_t blocks = w.blocks();
+  if (row.prefill == nullptr || tokens < row.prefill_min_tokens) {
+    const int64_t weights = blocks * kBlockRows * w.columns;
+    const int64_t tasks = clamp(weights * tokens / kDecodeTaskWeights, 1, kMaxTasks);
+    Job job{row, w, x, tokens, y, nullptr, (blocks + tasks - 1) / tasks};
+    run(parallel, job.tasks(), decode_task, &job);
+    return true;
+  }
+  const int64_t blocks_per_task = clamp(blocks / kPrefillTasks, 1, kPrefillMaxBlocks);
+  for (int64_t first = 0; first < tokens; first += kPrefillTokens) {
+    const int64_t count = tokens - first < kPrefillTokens ? tokens - first : kPrefillTokens;
+    Job job{row, w, x + first * w.columns, count, y + first * w.rows, nullptr, blocks_per_task};
+    if (count < row.prefill_min_tokens) {
+      run(parallel, job.tasks(), decode_task, &job);
+      continue;
+    }
+    job.packed = packed_scratch.reserve(packed_floats(count, w.columns));
+    if (job.packed == nullptr) return false;
+    run(parallel, static_cast<size_t>(token_tile_count(count)), pack_task, &job);
+    run(parallel, job.tasks(), prefill_task, &job);
+  }
+  return true;
+}
+
+}  // namespace losa
