@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_export.errors import CheckpointError, InputError, UnsafePathError
-from losa_export.files import input_folder, write_text_atomic
+from losa_export.errors import CheckpointError, InputError, OutputError, UnsafePathError
+from losa_export.files import input_folder, sha256_of, write_text_atomic
 
 FloatArray = NDArray[np.float32]
 
@@ -90,6 +91,14 @@ class Checkpoint:
     def weight_files(self) -> tuple[Path, ...]:
         """The safetensors files that the tensors lie in, sorted."""
         return tuple(sorted({entry.file for entry in self._tensors.values()}))
+
+    def weights_sha256(self) -> str:
+        """Identity of the weights: the SHA-256 of the one weight file, or of the list of those of all shards."""
+        files = self.weight_files()
+        if len(files) == 1:
+            return sha256_of(files[0])
+        listing = "".join(f"{path.name} {sha256_of(path)}\n" for path in files)
+        return hashlib.sha256(listing.encode()).hexdigest()
 
     def _entry(self, name: str) -> _TensorEntry:
         try:
@@ -264,10 +273,20 @@ class CheckpointWriter:
         return self._folder / f"part-{number:05d}.safetensors"
 
     def _flush(self) -> None:
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
-        # transformers refuses files without this key
-        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+        part = self._part(len(self._shards))
+        try:
+            # transformers refuses files without this key
+            save_file(self._pending, part, metadata={"format": "pt"})
+        except SafetensorError as error:  # how it reports a full disk
+            raise OutputError(
+                f"the weights could not be written into '{self._folder.parent}' ({error}); "
+                "free some space, or choose another disk with -o",
+                path=self._folder,
+            ) from error
+        part.chmod(0o644)  # safetensors makes files that only their owner can read
         self._shards.append(list(self._pending))
         self._pending = {}
         self._pending_bytes = 0
