@@ -1,10 +1,12 @@
-"""Where a model comes from: a folder, or an id on the Hugging Face Hub where the user has network."""
+"""Where models and texts come from when the user names them, and when not."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
+from losa_export.embedded import EMBEDDED_TEXT, TextParts, write_embedded_text
 from losa_export.errors import CheckpointError, InputError, MissingDependencyError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -39,3 +41,16 @@ def resolve_model(name: str) -> Path:
             "check the id and the network, or give a folder",
             model=name,
         ) from error
+
+
+def default_text() -> TextParts:
+    """Wikipedia paragraphs for a run whose user named no text, split by title and kept in the user's cache folder.
+
+    Raises: MissingDependencyError with the command that installs the text; OutputError if the cache cannot be written.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "losa-export"
+    folder = cache / f"{EMBEDDED_TEXT.package}-{EMBEDDED_TEXT.version}"
+    parts = TextParts.inside(folder)
+    if all(path.is_file() for path in (parts.calibration, parts.tuning, parts.validation)):
+        return parts
+    return write_embedded_text(folder, overwrite=True)

@@ -1,0 +1,369 @@
+"""The command line: one verb per step of the data path.
+
+Each command parses, builds a config, calls one function and prints. Heavy packages are imported inside
+the commands, so that `--help` stays fast. Results go to stdout, progress and errors to stderr.
+Exit codes: 0 done, 1 the run failed, 2 bad usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from losa_export.errors import LosaError
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+_Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `losa VERB …`. Returns: the exit code."""
+    return _run(_parser().parse_args(argv))
+
+
+def main_export(argv: Sequence[str] | None = None) -> int:
+    """Run `losa-export …`, which is `losa export …`. Returns: the exit code."""
+    parser = argparse.ArgumentParser(prog="losa-export", description=_EXPORT_TEXT)
+    _add_export(parser)
+    return _run(parser.parse_args(argv))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    command: _Command = arguments.command
+    try:
+        return command(arguments)
+    except LosaError as error:
+        print(f"losa: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("losa: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left, for example `| head`
+        sys.stderr.close()
+        return EXIT_FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="losa",
+        description="Prune a language model, tune it under its mask, export it, and run it fast on a CPU.",
+        epilog="Start with 'losa demo': the whole path on a real model that is already in the installed packages.",
+    )
+    parser.add_argument("--version", action="version", version=f"losa-export {version('losa-export')}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for name, text, add in (
+        ("demo", "the whole path on an embedded model, in one command", _add_demo),
+        ("train", "prune in rounds while tuning masked adapters: checkpoint → run/", _add_train),
+        ("merge", "fold the adapters into the weights, with proof: run/ → merged/", _add_merge),
+        ("export", "write one ONNX model: merged/ → onnx/", _add_export),
+        ("bench", "measure an exported model against a dense one", _add_bench),
+        ("generate", "continue a text with an exported model", _add_generate),
+    ):
+        add(verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + "."))
+    return parser
+
+
+# ---- values -------------------------------------------------------------------------------------------------------
+
+
+def _fraction(text: str) -> float:
+    """A sparsity as 0.7 or 70%; its range is the config's business, which names the field."""
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number; write 0.7 or 70%") from None
+
+
+_SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "": 1.0}
+
+
+def _duration(text: str) -> float:
+    """A duration such as 90, 90s, 10m or 1.5h, in seconds."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h|)\s*", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"'{text}' is no duration; write for example 90s, 10m or 1.5h")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def _add_output(parser: argparse.ArgumentParser, default: str | None) -> None:
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=default is None,
+        default=None if default is None else Path(default),
+        metavar="DIR",
+        help="folder to write" + ("" if default is None else " (default: %(default)s)"),
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=None,
+        metavar="N",
+        help="compute threads (default: the physical cores we may use)",
+    )
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=None, metavar="DIR_OR_HUB_ID", help="instead of the embedded SmolLM2-135M")
+    parser.add_argument("--text", type=Path, nargs="+", default=(), metavar="FILE", help="instead of the embedded text")
+    parser.add_argument("--sparsity", type=_fraction, default=0.7, metavar="S", help="zeros, e.g. 0.5 (default: 0.7)")
+    parser.add_argument(
+        "--quick", action="store_true", help="about 5 minutes instead of 20: less tuning, fewer samples"
+    )
+    _add_output(parser, "demo-out")
+    _add_threads(parser)
+    parser.set_defaults(command=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from losa_export.demo import DemoConfig, run_demo
+
+    config = DemoConfig(
+        output=arguments.output,
+        model=arguments.model,
+        texts=tuple(arguments.text),
+        sparsity_fraction=arguments.sparsity,
+        quick=arguments.quick,
+        threads=arguments.threads,
+        overwrite=arguments.overwrite,
+    )
+    print(run_demo(config))
+    return 0
+
+
+# ---- train --------------------------------------------------------------------------------------------------------
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or hub id")
+    parser.add_argument(
+        "--sparsity", type=_fraction, required=True, metavar="S", help="zeros at the end, e.g. 0.5 or 50%%"
+    )
+    _add_output(parser, None)
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="tune on these .txt or .jsonl files (default: embedded Wikipedia paragraphs)",
+    )
+    text.add_argument(
+        "--calibration",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="activation statistics from these files (default: the tuning text)",
+    )
+    text.add_argument(
+        "--window", type=int, default=256, metavar="TOKENS", help="tokens in a window (default: %(default)s)"
+    )
+    text.add_argument("--calibration-windows", type=int, default=16, metavar="N", help="default: %(default)s")
+    tuning = parser.add_argument_group("tuning")
+    tuning.add_argument(
+        "--rounds", type=int, default=5, metavar="T", help="prune-then-tune rounds (default: %(default)s)"
+    )
+    tuning.add_argument(
+        "--steps",
+        type=int,
+        default=None,
+        metavar="N",
+        help="optimizer steps in all; 0 prunes only (default: one pass over the text, or what fits into --time-budget)",
+    )
+    tuning.add_argument(
+        "--time-budget", type=_duration, default=None, metavar="TIME", help="such as 10m: stop in good order by then"
+    )
+    tuning.add_argument(
+        "--batch-size", type=int, default=4, metavar="N", help="windows in a step (default: %(default)s)"
+    )
+    tuning.add_argument("--learning-rate", type=float, default=1e-3, metavar="LR", help="default: %(default)s")
+    tuning.add_argument("--rank", type=int, default=8, metavar="R", help="rank of the adapters (default: %(default)s)")
+    tuning.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the frozen weights; adapters are fp32"
+    )
+    tuning.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    tuning.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
+    parser.set_defaults(command=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from losa_export.sources import default_text, resolve_model
+    from losa_export.training.config import TrainConfig
+
+    tuning_text, calibration_text = tuple(arguments.text), tuple(arguments.calibration)
+    if not tuning_text:
+        parts = default_text()
+        tuning_text, calibration_text = (parts.tuning,), calibration_text or (parts.calibration,)
+    config = TrainConfig(
+        model=resolve_model(arguments.model),
+        output=arguments.output,
+        tuning_text=tuning_text,
+        calibration_text=calibration_text,
+        sparsity_fraction=arguments.sparsity,
+        rounds=arguments.rounds,
+        steps=arguments.steps,
+        time_budget_seconds=arguments.time_budget,
+        rank=arguments.rank,
+        max_rank=max(16, arguments.rank),
+        learning_rate=arguments.learning_rate,
+        batch_size=arguments.batch_size,
+        window=arguments.window,
+        calibration_windows=arguments.calibration_windows,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        seed=arguments.seed,
+        overwrite=arguments.overwrite,
+    )
+    from losa_export.training.train import train
+
+    result = train(config, resume=arguments.resume)
+    print(f"{arguments.output}: {result}")
+    return 0
+
+
+# ---- merge --------------------------------------------------------------------------------------------------------
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("run", type=Path, nargs="?", metavar="RUN", help="run folder of 'losa train'")
+    source.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="a LoRA trained elsewhere (PEFT layout); needs --base"
+    )
+    parser.add_argument(
+        "--base", default=None, metavar="DIR_OR_HUB_ID", help="checkpoint (default: the one the run was made from)"
+    )
+    _add_output(parser, None)
+    parser.set_defaults(command=_merge)
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from losa_export.errors import ConfigError
+    from losa_export.merge import merge_adapter, merge_run
+    from losa_export.sources import resolve_model
+
+    base = resolve_model(arguments.base) if arguments.base is not None else None
+    if arguments.adapter is None:
+        report = merge_run(arguments.run, arguments.output, base=base, overwrite=arguments.overwrite)
+    elif base is None:
+        raise ConfigError("--adapter needs --base: the sparse checkpoint that the LoRA was trained on", field="base")
+    else:
+        report = merge_adapter(base, arguments.adapter, arguments.output, overwrite=arguments.overwrite)
+    print(report)
+    return 0
+
+
+# ---- export -------------------------------------------------------------------------------------------------------
+
+_EXPORT_TEXT = "Write one ONNX model: merged/ → onnx/."
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="CHECKPOINT", help="folder, or hub id; sparse or dense")
+    parser.add_argument("--format", choices=("onnx",), default="onnx", help="default: %(default)s")
+    parser.add_argument(
+        "--profile",
+        choices=("ort", "standard"),
+        default="ort",
+        help="'ort' uses ONNX Runtime's own operators and is"
+        " faster; 'standard' uses opset 23 alone (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "sparse", "dense"),
+        default="auto",
+        help="compressed zeros, or ordinary matrices (default: sparse for a sparse checkpoint)",
+    )
+    parser.add_argument(
+        "--values", choices=("fp32",), default="fp32", help="type of the non-zeros (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--no-gate", dest="gate", action="store_false", help="do not compare the answers with the source's"
+    )
+    _add_output(parser, "onnx")
+    parser.set_defaults(command=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from losa_export.export import ExportConfig, export
+    from losa_export.sources import resolve_model
+
+    report = export(
+        ExportConfig(
+            source=resolve_model(arguments.source),
+            output=arguments.output,
+            profile=arguments.profile,
+            weights=arguments.weights,
+            values=arguments.values,
+            gate=arguments.gate,
+            overwrite=arguments.overwrite,
+        )
+    )
+    print(report)
+    return 0
+
+
+# ---- bench --------------------------------------------------------------------------------------------------------
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("candidate", type=Path, metavar="ONNX", help="exported folder to measure")
+    parser.add_argument("--against", type=Path, required=True, metavar="DIR", help="exported folder to compare with")
+    parser.set_defaults(command=_bench)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    raise NotImplementedError
+
+
+# ---- generate -----------------------------------------------------------------------------------------------------
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", type=Path, metavar="ONNX", help="exported folder (or a checkpoint with --runtime torch)"
+    )
+    parser.add_argument("prompt", metavar="TEXT", help="what to continue, or a question to a chat model")
+    parser.add_argument("--runtime", choices=("ort", "ort-stock", "torch"), default="ort", help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: %(default)s)"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
+    parser.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
+    _add_threads(parser)
+    parser.set_defaults(command=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from losa_export.runtimes.generate import GenerationConfig, generate_text
+
+    config = GenerationConfig(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        chat="never" if arguments.raw else "auto",
+    )
+    pieces = generate_text(
+        arguments.model, arguments.prompt, config, runtime=arguments.runtime, threads=arguments.threads
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    return 0
