@@ -135,8 +135,7 @@ class DecoderSpec:
         )
         if num_heads % num_kv_heads:
             raise CheckpointError(
-                f"{where}: num_attention_heads {num_heads} is not a multiple of "
-                f"num_key_value_heads {num_kv_heads}"
+                f"{where}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
             )
         if head_dim % 2:
             raise CheckpointError(f"{where}: head_dim {head_dim} is odd; rotary embeddings turn pairs")
@@ -146,9 +145,7 @@ class DecoderSpec:
 def prunable_names(spec: DecoderSpec) -> tuple[str, ...]:
     """Names of the weights that may be pruned: every linear of every block, in forward order."""
     return tuple(
-        f"model.layers.{layer}.{linear}.weight"
-        for layer in range(spec.num_layers)
-        for linear in BLOCK_LINEARS
+        f"model.layers.{layer}.{linear}.weight" for layer in range(spec.num_layers) for linear in BLOCK_LINEARS
     )
 
 
@@ -215,9 +212,9 @@ def inverse_frequencies(spec: DecoderSpec) -> NDArray[np.float32]:
     wavelength = (np.float32(2 * math.pi) / frequency).astype(np.float32)
     longest = rope.original_max_position / rope.low_freq_factor
     shortest = rope.original_max_position / rope.high_freq_factor
-    smooth = (
-        np.float32(rope.original_max_position) / wavelength - np.float32(rope.low_freq_factor)
-    ) / np.float32(rope.high_freq_factor - rope.low_freq_factor)
+    smooth = (np.float32(rope.original_max_position) / wavelength - np.float32(rope.low_freq_factor)) / np.float32(
+        rope.high_freq_factor - rope.low_freq_factor
+    )
     blended = (np.float32(1.0) - smooth) * frequency / np.float32(rope.factor) + smooth * frequency
     result = np.where(wavelength > longest, scaled, np.where(wavelength < shortest, frequency, blended))
     return result.astype(np.float32)
@@ -274,9 +271,7 @@ def _rope(config: Mapping[str, object], where: Path, max_positions: int) -> Rope
         return RopeSpec(theta, "linear", fields.number("factor"))
     low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
     if high <= low:
-        raise CheckpointError(
-            f"{where}: {field}.high_freq_factor {high:g} must exceed low_freq_factor {low:g}"
-        )
+        raise CheckpointError(f"{where}: {field}.high_freq_factor {high:g} must exceed low_freq_factor {low:g}")
     original = fields.positive("original_max_position_embeddings", max_positions)
     return RopeSpec(theta, "llama3", fields.number("factor"), low, high, original)
 

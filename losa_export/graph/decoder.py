@@ -1,0 +1,133 @@
+"""The decoder graph, written node by node from the specification: no tracing, no torch, no transformers.
+
+Inputs and outputs carry the Hugging Face names: input_ids, attention_mask, position_ids and
+past_key_values.N.key/value in; logits and present.N.key/value out.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from losa_export.architecture import EMBEDDING, FINAL_NORM, HEAD, DecoderSpec, linear_has_bias, rotary_caches
+from losa_export.graph.formats import DOMAIN, DOMAIN_VERSION
+from losa_export.graph.nodes import NodeList
+from losa_export.graph.profiles import OPSET, Inputs, LayerCache, Profile, ProfileName, make_profile, rms_norm
+from losa_export.graph.weights import WeightStore
+
+# What ONNX Runtime 1.24 reads; newer readers read it too.
+IR_VERSION = 10
+
+_TOTAL = "total_sequence"
+
+
+def build_decoder(spec: DecoderSpec, store: WeightStore, profile_name: ProfileName, producer: str) -> ir.Model:
+    """Build the whole model; its weights are written on the way.
+
+    Args:
+        spec: the architecture.
+        store: reads the checkpoint and writes external data.
+        profile_name: the dialect.
+        producer: version of this program, recorded in the model.
+
+    Returns: a model whose large initializers refer to the data file that `store` writes.
+    """
+    return _DecoderBuilder(spec, store, make_profile(profile_name, spec)).build(profile_name, producer)
+
+
+class _DecoderBuilder:
+    def __init__(self, spec: DecoderSpec, store: WeightStore, profile: Profile) -> None:
+        self._spec, self._store, self._profile = spec, store, profile
+        self._nodes = NodeList()
+
+    def build(self, profile_name: ProfileName, producer: str) -> ir.Model:
+        spec, store, nodes = self._spec, self._store, self._nodes
+        inputs = Inputs(
+            input_ids=ir.val("input_ids", ir.DataType.INT64, ["batch", "sequence"]),
+            attention_mask=ir.val("attention_mask", ir.DataType.INT64, ["batch", _TOTAL]),
+            position_ids=ir.val("position_ids", ir.DataType.INT64, ["batch", "sequence"]),
+        )
+        graph_inputs = [inputs.input_ids, inputs.attention_mask, inputs.position_ids]
+        table = store.plain(EMBEDDING)
+        cos, sin = rotary_caches(spec)
+        self._profile.prepare(nodes, inputs, store.array("cos_cache", cos), store.array("sin_cache", sin))
+        x, skip = nodes.add("Gather", [table, inputs.input_ids]), None
+        presents: list[ir.Value] = []
+        for layer in range(spec.num_layers):
+            cache = self._cache(layer)
+            graph_inputs += [cache.past_key, cache.past_value]
+            x, skip, new = self._block(layer, x, skip, cache)
+            presents += new
+        nodes.prefix = ""
+        x, _ = self._profile.add_norm(nodes, x, skip, store.plain(FINAL_NORM))
+        if spec.tied_embeddings:
+            logits = self._profile.tied_head(nodes, x, table)
+        else:
+            logits = nodes.add("MatMul", [x, store.transposed(HEAD)], output="logits")
+        logits.type = ir.TensorType(ir.DataType.FLOAT)
+        logits.shape = ir.Shape(["batch", "sequence", spec.vocab_size])
+        return self._model(graph_inputs, [logits, *presents], profile_name, producer)
+
+    def _model(
+        self, inputs: list[ir.Value], outputs: list[ir.Value], profile_name: ProfileName, producer: str
+    ) -> ir.Model:
+        imports = dict(self._profile.opset_imports)
+        functions = []
+        if any(node.domain == DOMAIN for node in self._nodes.nodes):
+            imports[DOMAIN] = DOMAIN_VERSION
+            functions.append(self._store.value_format.function(OPSET))
+        graph = ir.Graph(
+            inputs,
+            outputs,
+            nodes=self._nodes.nodes,
+            initializers=self._store.initializers,
+            opset_imports=imports,
+            name=self._spec.model_type,
+        )
+        return ir.Model(
+            graph,
+            ir_version=IR_VERSION,
+            producer_name="losa-export",
+            producer_version=producer,
+            functions=functions,
+            metadata_props={"losa.profile": profile_name},
+        )
+
+    def _cache(self, layer: int) -> LayerCache:
+        shape: list[int | str | None] = ["batch", self._spec.num_kv_heads, "past_sequence", self._spec.head_dim]
+        past_key, past_value = (
+            ir.val(f"past_key_values.{layer}.{part}", ir.DataType.FLOAT, shape) for part in ("key", "value")
+        )
+        return LayerCache(past_key, past_value, f"present.{layer}.key", f"present.{layer}.value")
+
+    def _block(
+        self, layer: int, x: ir.Value, skip: ir.Value | None, cache: LayerCache
+    ) -> tuple[ir.Value, ir.Value, list[ir.Value]]:
+        """One transformer block. The last addition is left to the next norm, which fuses it."""
+        nodes, store, prefix = self._nodes, self._store, f"model.layers.{layer}"
+        nodes.prefix = f"layers.{layer}/"
+        normed, residual = self._profile.add_norm(nodes, x, skip, store.plain(f"{prefix}.input_layernorm.weight"))
+        q, k, v = (self._linear(normed, layer, f"self_attn.{part}_proj") for part in "qkv")
+        if self._spec.qk_norm:
+            q = self._head_norm(q, f"{prefix}.self_attn.q_norm.weight", self._spec.num_heads)
+            k = self._head_norm(k, f"{prefix}.self_attn.k_norm.weight", self._spec.num_kv_heads)
+        attended, *presents = self._profile.attention(nodes, q, k, v, cache)
+        for present in presents:
+            present.type = ir.TensorType(ir.DataType.FLOAT)
+            present.shape = ir.Shape(["batch", self._spec.num_kv_heads, _TOTAL, self._spec.head_dim])
+        attended = self._linear(attended, layer, "self_attn.o_proj")
+        norm_weight = store.plain(f"{prefix}.post_attention_layernorm.weight")
+        normed, residual = self._profile.add_norm(nodes, attended, residual, norm_weight)
+        gate = self._profile.silu(nodes, self._linear(normed, layer, "mlp.gate_proj"))
+        wide = nodes.add("Mul", [gate, self._linear(normed, layer, "mlp.up_proj")])
+        return self._linear(wide, layer, "mlp.down_proj"), residual, presents
+
+    def _linear(self, x: ir.Value, layer: int, linear: str) -> ir.Value:
+        bias = linear_has_bias(self._spec, linear)
+        return self._store.linear(self._nodes, x, f"model.layers.{layer}.{linear}", bias=bias)
+
+    def _head_norm(self, x: ir.Value, weight: str, heads: int) -> ir.Value:
+        """RMS norm of each head by itself (Qwen3)."""
+        nodes = self._nodes
+        split = nodes.add("Reshape", [x, nodes.integers(0, 0, heads, self._spec.head_dim)])
+        normed = rms_norm(nodes, split, self._store.plain(weight), self._spec.rms_norm_eps)
+        return nodes.add("Reshape", [normed, nodes.integers(0, 0, -1)])

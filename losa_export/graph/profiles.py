@@ -1,0 +1,228 @@
+"""The two dialects a decoder can be written in, behind one set of building blocks.
+
+`ort` uses ONNX Runtime's contributed operators: attention with rotary embedding and a KV cache that may be updated
+in place, and residual additions fused into norms. `standard` uses ONNX opset 23 alone.
+
+Both honour `position_ids`. They differ in what `attention_mask` may say: under `ort` a row's tokens stand at the
+front (padding to the right) and the mask's row sums are the lengths, which is what lets rows of different length
+share one in-place cache; under `standard` any position may be masked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from losa_export.architecture import DecoderSpec
+from losa_export.graph.nodes import NodeList
+
+ProfileName = Literal["ort", "standard"]
+PROFILES: tuple[ProfileName, ...] = ("ort", "standard")
+
+# Attention, RotaryEmbedding and RMSNormalization are standard from 23 on; ONNX Runtime 1.24 reads it.
+OPSET = 23
+CONTRIB = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The graph inputs that attention needs. Shapes: (batch, total), (batch, sequence), (batch, sequence)."""
+
+    attention_mask: ir.Value
+    position_ids: ir.Value
+    input_ids: ir.Value
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's KV cache: (batch, kv heads, past, head dim) each, and the names of what replaces them."""
+
+    past_key: ir.Value
+    past_value: ir.Value
+    present_key: str
+    present_value: str
+
+
+class Profile(Protocol):
+    """Building blocks of a decoder. Each appends to the node list it is given."""
+
+    opset_imports: ClassVar[dict[str, int]]
+
+    def prepare(self, nodes: NodeList, inputs: Inputs, cos: ir.Value, sin: ir.Value) -> None:
+        """Append what all layers share; called once, before the layers. Caches are (positions, head dim / 2)."""
+        ...
+
+    def add_norm(
+        self, nodes: NodeList, x: ir.Value, skip: ir.Value | None, weight: ir.Value
+    ) -> tuple[ir.Value, ir.Value]:
+        """RMS norm of x + skip; returns it, and the sum for the next residual."""
+        ...
+
+    def attention(
+        self, nodes: NodeList, q: ir.Value, k: ir.Value, v: ir.Value, cache: LayerCache
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Rotary grouped-query attention: output (batch, sequence, heads · head dim), present key and value."""
+        ...
+
+    def silu(self, nodes: NodeList, x: ir.Value) -> ir.Value:
+        """X · sigmoid(x)."""
+        ...
+
+    def tied_head(self, nodes: NodeList, x: ir.Value, table: ir.Value) -> ir.Value:
+        """X Eᵀ for the embedding table E (vocabulary, hidden), which is not stored a second time."""
+        ...
+
+
+def make_profile(name: ProfileName, spec: DecoderSpec) -> Profile:
+    """The building blocks of profile `name` for one model."""
+    return OrtProfile(spec) if name == "ort" else StandardProfile(spec)
+
+
+def rms_norm(nodes: NodeList, x: ir.Value, weight: ir.Value, epsilon: float) -> ir.Value:
+    """RMS norm over the last axis. Source: Zhang and Sennrich 2019, arXiv:1910.07467."""
+    return nodes.add("RMSNormalization", [x, weight], {"axis": -1, "epsilon": epsilon, "stash_type": 1})
+
+
+class OrtProfile:
+    """ONNX Runtime's contributed operators, as of version 1.24."""
+
+    opset_imports: ClassVar[dict[str, int]] = {"": OPSET, CONTRIB: 1}
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        self._spec = spec
+
+    def prepare(self, nodes: NodeList, inputs: Inputs, cos: ir.Value, sin: ir.Value) -> None:
+        """See `Profile.prepare`: per-row lengths, as GroupQueryAttention counts them."""
+        self._cos, self._sin, self._position_ids = cos, sin, inputs.position_ids
+        lengths = nodes.add("ReduceSum", [inputs.attention_mask, nodes.integers(1)], {"keepdims": 0})
+        last = nodes.add("Sub", [lengths, nodes.integer(1)])
+        self._last = nodes.add("Cast", [last], {"to": ir.DataType.INT32})
+        total = nodes.add("Shape", [inputs.attention_mask], {"start": 1, "end": 2})
+        self._total = nodes.add("Cast", [total], {"to": ir.DataType.INT32})
+
+    def add_norm(
+        self, nodes: NodeList, x: ir.Value, skip: ir.Value | None, weight: ir.Value
+    ) -> tuple[ir.Value, ir.Value]:
+        """See `Profile.add_norm`: one fused node."""
+        epsilon = self._spec.rms_norm_eps
+        if skip is None:
+            return rms_norm(nodes, x, weight, epsilon), x
+        normed, _, _, total = nodes.add_many(
+            "SkipSimplifiedLayerNormalization",
+            [x, skip, weight],
+            [None, "", "", None],
+            {"epsilon": epsilon},
+            domain=CONTRIB,
+        )
+        return normed, total
+
+    def attention(
+        self, nodes: NodeList, q: ir.Value, k: ir.Value, v: ir.Value, cache: LayerCache
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """See `Profile.attention`. A batch with a past must have one new token a row: the operator's own limit."""
+        spec = self._spec
+        attributes = {
+            "num_heads": spec.num_heads,
+            "kv_num_heads": spec.num_kv_heads,
+            "scale": spec.head_dim**-0.5,
+            "do_rotary": 1,
+            "local_window_size": spec.sliding_window or -1,
+        }
+        past = [cache.past_key, cache.past_value]
+        rotary = [self._cos, self._sin, self._position_ids]
+        output, key, value = nodes.add_many(
+            "GroupQueryAttention",
+            [q, k, v, *past, self._last, self._total, *rotary],
+            [None, cache.present_key, cache.present_value],
+            attributes,
+            domain=CONTRIB,
+        )
+        return output, key, value
+
+    def silu(self, nodes: NodeList, x: ir.Value) -> ir.Value:
+        """See `Profile.silu`: QuickGelu with alpha 1 is SiLU, in one pass over x."""
+        return nodes.add("QuickGelu", [x], {"alpha": 1.0}, domain=CONTRIB)
+
+    def tied_head(self, nodes: NodeList, x: ir.Value, table: ir.Value) -> ir.Value:
+        """See `Profile.tied_head`: as fast as MatMul with a transposed copy, since both are packed at load."""
+        return nodes.add("FusedMatMul", [x, table], {"transB": 1}, domain=CONTRIB, output="logits")
+
+
+class StandardProfile:
+    """ONNX opset 23, without contributed operators."""
+
+    opset_imports: ClassVar[dict[str, int]] = {"": OPSET}
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        self._spec = spec
+
+    def prepare(self, nodes: NodeList, inputs: Inputs, cos: ir.Value, sin: ir.Value) -> None:
+        """See `Profile.prepare`: one attention mask for all layers, and the shape of the logits.
+
+        Query i stands at place past + i. It sees the places up to its own that attention_mask allows, within
+        the window; and always itself, since a row that sees nothing would be 0/0 and poison later layers.
+        """
+        self._cos, self._sin, self._position_ids = cos, sin, inputs.position_ids
+        zero, one = nodes.integer(0), nodes.integer(1)
+        total = self._size(nodes, inputs.attention_mask)
+        past = nodes.add("Sub", [total, self._size(nodes, inputs.input_ids)])
+        keys = nodes.add("Range", [zero, total, one])
+        queries = nodes.add("Unsqueeze", [nodes.add("Range", [past, total, one]), nodes.integers(1)])
+        visible = nodes.add("LessOrEqual", [keys, queries])
+        if self._spec.sliding_window is not None:
+            oldest = nodes.add("Sub", [queries, nodes.integer(self._spec.sliding_window)])
+            visible = nodes.add("And", [visible, nodes.add("Greater", [keys, oldest])])
+        allowed = nodes.add("Cast", [inputs.attention_mask], {"to": ir.DataType.BOOL})
+        by_row = nodes.add("Unsqueeze", [allowed, nodes.integers(1, 2)])
+        masked = nodes.add("And", [visible, by_row])
+        self._mask = nodes.add("Or", [masked, nodes.add("Equal", [keys, queries])])
+        leading = nodes.add("Shape", [inputs.input_ids])
+        self._logits_shape = nodes.add("Concat", [leading, nodes.integers(self._spec.vocab_size)], {"axis": 0})
+
+    @staticmethod
+    def _size(nodes: NodeList, value: ir.Value) -> ir.Value:
+        """Length of the second axis, as a scalar."""
+        return nodes.add("Squeeze", [nodes.add("Shape", [value], {"start": 1, "end": 2})])
+
+    def add_norm(
+        self, nodes: NodeList, x: ir.Value, skip: ir.Value | None, weight: ir.Value
+    ) -> tuple[ir.Value, ir.Value]:
+        """See `Profile.add_norm`."""
+        total = x if skip is None else nodes.add("Add", [x, skip])
+        return rms_norm(nodes, total, weight, self._spec.rms_norm_eps), total
+
+    def attention(
+        self, nodes: NodeList, q: ir.Value, k: ir.Value, v: ir.Value, cache: LayerCache
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """See `Profile.attention`; the cache grows by concatenation inside Attention."""
+        spec = self._spec
+        q = self._rotate(nodes, q, spec.num_heads)
+        k = self._rotate(nodes, k, spec.num_kv_heads)
+        attributes = {
+            "q_num_heads": spec.num_heads,
+            "kv_num_heads": spec.num_kv_heads,
+            "scale": spec.head_dim**-0.5,
+        }
+        output, key, value = nodes.add_many(
+            "Attention",
+            [q, k, v, self._mask, cache.past_key, cache.past_value],
+            [None, cache.present_key, cache.present_value],
+            attributes,
+        )
+        return output, key, value
+
+    def _rotate(self, nodes: NodeList, x: ir.Value, heads: int) -> ir.Value:
+        return nodes.add("RotaryEmbedding", [x, self._cos, self._sin, self._position_ids], {"num_heads": heads})
+
+    def silu(self, nodes: NodeList, x: ir.Value) -> ir.Value:
+        """See `Profile.silu`."""
+        return nodes.add("Mul", [x, nodes.add("Sigmoid", [x])])
+
+    def tied_head(self, nodes: NodeList, x: ir.Value, table: ir.Value) -> ir.Value:
+        """See `Profile.tied_head`: Gemm reads the table transposed, but only knows matrices."""
+        flat = nodes.add("Reshape", [x, nodes.constant(np.array([-1, self._spec.hidden_size], dtype=np.int64))])
+        scores = nodes.add("Gemm", [flat, table], {"transB": 1})
+        return nodes.add("Reshape", [scores, self._logits_shape], output="logits")
