@@ -86,6 +86,11 @@ def rms_norm(nodes: NodeList, x: ir.Value, weight: ir.Value, epsilon: float) -> 
     return nodes.add("RMSNormalization", [x, weight], {"axis": -1, "epsilon": epsilon, "stash_type": 1})
 
 
+def rotate(nodes: NodeList, x: ir.Value, rotary: tuple[ir.Value, ir.Value, ir.Value], heads: int) -> ir.Value:
+    """Rotary embedding of x (batch, sequence, heads · head dim); `rotary` is cosines, sines and position ids."""
+    return nodes.add("RotaryEmbedding", [x, *rotary], {"num_heads": heads})
+
+
 class OrtProfile:
     """ONNX Runtime's contributed operators, as of version 1.24."""
 
@@ -96,7 +101,7 @@ class OrtProfile:
 
     def prepare(self, nodes: NodeList, inputs: Inputs, cos: ir.Value, sin: ir.Value) -> None:
         """See `Profile.prepare`: per-row lengths, as GroupQueryAttention counts them."""
-        self._cos, self._sin, self._position_ids = cos, sin, inputs.position_ids
+        self._rotary = (cos, sin, inputs.position_ids)
         lengths = nodes.add("ReduceSum", [inputs.attention_mask, nodes.integers(1)], {"keepdims": 0})
         last = nodes.add("Sub", [lengths, nodes.integer(1)])
         self._last = nodes.add("Cast", [last], {"to": ir.DataType.INT32})
@@ -124,18 +129,22 @@ class OrtProfile:
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """See `Profile.attention`. A batch with a past must have one new token a row: the operator's own limit."""
         spec = self._spec
+        # The operator's own rotation only takes heads of a multiple of 16; the smallest models have 8.
+        fused = spec.head_dim % 16 == 0
+        if not fused:
+            q = rotate(nodes, q, self._rotary, spec.num_heads)
+            k = rotate(nodes, k, self._rotary, spec.num_kv_heads)
         attributes = {
             "num_heads": spec.num_heads,
             "kv_num_heads": spec.num_kv_heads,
             "scale": spec.head_dim**-0.5,
-            "do_rotary": 1,
+            "do_rotary": int(fused),
             "local_window_size": spec.sliding_window or -1,
         }
         past = [cache.past_key, cache.past_value]
-        rotary = [self._cos, self._sin, self._position_ids]
         output, key, value = nodes.add_many(
             "GroupQueryAttention",
-            [q, k, v, *past, self._last, self._total, *rotary],
+            [q, k, v, *past, self._last, self._total, *(self._rotary if fused else ())],
             [None, cache.present_key, cache.present_value],
             attributes,
             domain=CONTRIB,
@@ -165,7 +174,7 @@ class StandardProfile:
         Query i stands at place past + i. It sees the places up to its own that attention_mask allows, within
         the window; and always itself, since a row that sees nothing would be 0/0 and poison later layers.
         """
-        self._cos, self._sin, self._position_ids = cos, sin, inputs.position_ids
+        self._rotary = (cos, sin, inputs.position_ids)
         zero, one = nodes.integer(0), nodes.integer(1)
         total = self._size(nodes, inputs.attention_mask)
         past = nodes.add("Sub", [total, self._size(nodes, inputs.input_ids)])
@@ -199,8 +208,8 @@ class StandardProfile:
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """See `Profile.attention`; the cache grows by concatenation inside Attention."""
         spec = self._spec
-        q = self._rotate(nodes, q, spec.num_heads)
-        k = self._rotate(nodes, k, spec.num_kv_heads)
+        q = rotate(nodes, q, self._rotary, spec.num_heads)
+        k = rotate(nodes, k, self._rotary, spec.num_kv_heads)
         attributes = {
             "q_num_heads": spec.num_heads,
             "kv_num_heads": spec.num_kv_heads,
@@ -213,9 +222,6 @@ class StandardProfile:
             attributes,
         )
         return output, key, value
-
-    def _rotate(self, nodes: NodeList, x: ir.Value, heads: int) -> ir.Value:
-        return nodes.add("RotaryEmbedding", [x, self._cos, self._sin, self._position_ids], {"num_heads": heads})
 
     def silu(self, nodes: NodeList, x: ir.Value) -> ir.Value:
         """See `Profile.silu`."""

@@ -1,0 +1,317 @@
+"""merged/ → onnx/: check everything, build, read back, compare answers, and only then let the folder appear."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from losa_export.architecture import DecoderSpec, prunable_names, tensor_shapes
+from losa_export.checkpoint import CONFIG_FILE, Checkpoint, copy_companions, open_checkpoint, read_json
+from losa_export.errors import CheckpointError, ConfigError, MissingDependencyError
+from losa_export.files import check_output, output_folder, write_text_atomic
+from losa_export.progress import Progress
+
+ProfileChoice = Literal["ort", "standard"]
+WeightsChoice = Literal["auto", "sparse", "dense"]
+ValuesChoice = Literal["fp32"]
+
+# Compiling to stock engines costs this much; said in the manifest, since it surprises.
+_FOLDING_NOTE = (
+    "An engine without losa-export's operators decodes each sparse weight once at load: dense speed, the right "
+    "answer, and up to 80 bytes of passing memory per weight of the largest matrix."
+)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What to export, and how.
+
+    Attributes:
+        source: checkpoint folder, sparse or dense.
+        output: folder to write.
+        profile: 'ort' uses ONNX Runtime's contributed operators, 'standard' opset 23 alone.
+        weights: 'auto' is sparse for a sparse checkpoint.
+        values: type of the non-zeros.
+        gate: compare the answers with the source's before the folder appears.
+        overwrite: replace a non-empty output folder.
+        progress: show progress on standard error.
+    """
+
+    source: Path
+    output: Path
+    profile: ProfileChoice = "ort"
+    weights: WeightsChoice = "auto"
+    values: ValuesChoice = "fp32"
+    gate: bool = True
+    overwrite: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        choices = {"profile": ProfileChoice, "weights": WeightsChoice, "values": ValuesChoice}
+        for name, kind in choices.items():
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                raise ConfigError(
+                    f"ExportConfig.{name} is '{value}'; choose one of {', '.join(get_args(kind))}", field=name
+                )
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        output: the folder.
+        profile: as asked.
+        weights: 'sparse' or 'dense', settled.
+        values: type of the non-zeros; None where weights are dense.
+        model_bytes: of the model and its external data.
+        dense_bytes: that the same weights take when stored densely.
+        sparsity_fraction: of the block linears, as stored; 0 where weights are dense.
+        gate: the figures, or None if it was not asked for.
+    """
+
+    output: Path
+    profile: ProfileChoice
+    weights: Literal["sparse", "dense"]
+    values: str | None
+    model_bytes: int
+    dense_bytes: int
+    sparsity_fraction: float
+    gate: Mapping[str, Any] | None
+
+    def __str__(self) -> str:
+        """A few lines for a person."""
+        kind = f"sparse {self.values}, {self.sparsity_fraction:.1%} zeros" if self.weights == "sparse" else "dense"
+        size = f"{self.model_bytes / 1e6:.1f} MB ({self.model_bytes / self.dense_bytes:.2f}x of dense fp32)"
+        lines = [f"{self.output}: {kind}, profile {self.profile}, {size}"]
+        if self.gate is None:
+            lines.append("gate: not run")
+        else:
+            greedy = self.gate["greedy"]
+            worst = max(self.gate[part]["max_relative_error"] for part in ("prefill", "decode", "batch3"))
+            lines.append(
+                f"gate: passed on '{self.gate['runtime']}': relative error {worst:.1e}, "
+                f"{greedy['equal']} of {greedy['tokens']} greedy tokens equal"
+            )
+        return "\n".join(lines)
+
+
+def export(config: ExportConfig) -> ExportReport:
+    """Write one ONNX model with everything that runs it.
+
+    Raises:
+        InputError: the source cannot be used, or its masks do not fit (CheckpointError, MaskError, …).
+        OutputError: the destination is not empty, is the source, or cannot be written.
+        MissingDependencyError: the gate needs a reference, and there is neither torch nor a stored one.
+        GateError: the model answers differently from its source.
+    Nothing is left behind in any of these cases.
+    """
+    checkpoint = open_checkpoint(config.source)
+    spec = DecoderSpec.from_config(checkpoint.config, checkpoint.folder / CONFIG_FILE)
+    check_tensors(checkpoint, spec)
+    check_output(config.output, overwrite=config.overwrite, inputs=[config.source])
+    _require_packages()
+    reference_source = _reference_source(config) if config.gate else None
+    with output_folder(config.output, overwrite=config.overwrite, inputs=[config.source]) as folder:
+        manifest = _write_model(config, checkpoint, spec, folder)
+        if reference_source is None:
+            manifest["gate"], weights_sha256 = None, checkpoint.weights_sha256()
+        else:
+            sparse = manifest["weights"] == "sparse"
+            manifest["gate"], weights_sha256 = _run_gate(config, folder, reference_source, sparse=sparse)
+        manifest["source"]["weights_sha256"] = weights_sha256
+        _write_manifest(folder, manifest)
+    return _report(config, spec, manifest)
+
+
+def check_tensors(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
+    """Refuse a checkpoint whose tensors are missing or mis-shaped, from its headers alone.
+
+    Raises: CheckpointError naming the first such tensor.
+    """
+    for name, shape in tensor_shapes(spec).items():
+        if checkpoint.shape(name) != shape:
+            raise CheckpointError(
+                f"tensor '{name}' in '{checkpoint.folder}' is {checkpoint.shape(name)}, but {CONFIG_FILE} asks for "
+                f"{shape}; the two belong to different models",
+                tensor=name,
+            )
+
+
+def _require_packages() -> None:
+    for package in ("onnx", "onnx_ir"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError.for_extra(package.replace("_", "-"), "export", "exporting to ONNX")
+
+
+def _write_model(config: ExportConfig, checkpoint: Checkpoint, spec: DecoderSpec, folder: Path) -> dict[str, Any]:
+    """Build the graph and its data in `folder`; returns the manifest so far."""
+    import onnx_ir as ir
+
+    from losa_export.graph.decoder import IR_VERSION, build_decoder
+    from losa_export.graph.external import MODEL_FILE, ExternalDataWriter, check_external_data
+    from losa_export.graph.formats import value_format
+    from losa_export.graph.genai import GENAI_FILE, genai_config
+    from losa_export.graph.manifest import (
+        MANIFEST_FORMAT,
+        check_digests,
+        package_version,
+        read_sparse_linears,
+        versions,
+    )
+    from losa_export.graph.profiles import OPSET
+    from losa_export.graph.sparsity import plan_sparsity
+    from losa_export.graph.weights import WeightStore
+
+    plan = plan_sparsity(checkpoint, spec, None if config.weights == "auto" else config.weights)
+    weights = sum(rows_columns(shape) for shape in tensor_shapes(spec).values())
+    with (
+        Progress("building", weights / 1e6, "M weights", enabled=config.progress) as progress,
+        ExternalDataWriter(folder) as writer,
+    ):
+        store = WeightStore(
+            checkpoint, writer, plan, value_format(config.values), lambda count: progress.advance(count / 1e6)
+        )
+        producer = package_version("losa-export") or "unknown"
+        model = build_decoder(spec, store, config.profile, producer)
+    ir.save(model, folder / MODEL_FILE)
+    copy_companions(checkpoint.folder, folder)
+    write_text_atomic(
+        folder / GENAI_FILE,
+        json.dumps(genai_config(spec, config.profile, _generation_config(checkpoint)), indent=2) + "\n",
+    )
+    # Linked to the file, not to what memory held while it was written.
+    linears = read_sparse_linears(check_external_data(folder))
+    if plan.store_sparse:
+        check_digests(linears, plan.digests)
+    return {
+        "format": MANIFEST_FORMAT,
+        "versions": versions(),
+        "source": {"name": checkpoint.folder.resolve().name, "architecture": spec.architecture},
+        "profile": config.profile,
+        "opset": OPSET,
+        "ir_version": IR_VERSION,
+        "weights": "sparse" if linears else "dense",
+        "values": config.values if linears else None,
+        "mask_source": plan.source,
+        "dense_bytes": 4 * weights,
+        "tensors": {name: linear.as_dict() for name, linear in linears.items()},
+        "notes": [_FOLDING_NOTE] if linears else [],
+    }
+
+
+def rows_columns(shape: tuple[int, ...]) -> int:
+    """Number of elements of a shape."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    if not (checkpoint.folder / "generation_config.json").is_file():
+        return {}
+    return read_json(checkpoint.folder / "generation_config.json", what="checkpoint", mend="repair or delete it")
+
+
+def _reference_source(config: ExportConfig) -> Literal["torch", "stored"]:
+    """Where the gate's truth comes from, settled before any work.
+
+    Raises: MissingDependencyError if there is none.
+    """
+    from losa_export.reference import REFERENCE_FILE
+
+    if all(importlib.util.find_spec(package) is not None for package in ("torch", "transformers")):
+        return "torch"
+    if (config.source / REFERENCE_FILE).is_file():
+        return "stored"
+    raise MissingDependencyError(
+        f"the gate compares the export with its source, but torch is not installed and '{config.source}' has no "
+        f"{REFERENCE_FILE}; install torch with: pip install 'losa-export[train]', or skip the comparison with "
+        "--no-gate",
+        package="torch",
+        extra="train",
+    )
+
+
+def _run_gate(
+    config: ExportConfig, folder: Path, source: Literal["torch", "stored"], *, sparse: bool
+) -> tuple[dict[str, Any], str]:
+    """Compare the written folder with the source; returns the figures, and the source's weights hash."""
+    from losa_export.eval.parity import gate
+    from losa_export.reference import Reference, compute_reference_apart
+    from losa_export.runtimes.base import RuntimeName
+    from losa_export.runtimes.loader import load_runtime
+
+    reference: Reference
+    if source == "torch":
+        with tempfile.TemporaryDirectory(prefix="losa-reference-") as scratch:
+            reference = compute_reference_apart(config.source, Path(scratch) / "reference.safetensors")
+    else:
+        reference = _stored_reference(config.source)
+    # The record says which one answered.
+    name: RuntimeName = "ort" if sparse and _has_native_library() else "ort-stock"
+    runtime = load_runtime(name, folder)
+    try:
+        report = gate(reference, runtime)
+        figures = {**report.as_dict(), "reference": source, "engine": runtime.describe().as_dict()}
+    finally:
+        runtime.close()
+    return figures, reference.model_id
+
+
+def _stored_reference(source: Path) -> Any:
+    """The reference kept in the checkpoint. Raises: CheckpointError if the weights have changed since."""
+    from losa_export.reference import REFERENCE_FILE, load_reference
+
+    reference = load_reference(source / REFERENCE_FILE)
+    if reference is None or reference.model_id != open_checkpoint(source).weights_sha256():
+        raise CheckpointError(
+            f"'{source / REFERENCE_FILE}' was computed from other weights than those in '{source}'; "
+            "run 'losa merge' again, or skip the comparison with --no-gate"
+        )
+    return reference
+
+
+def _has_native_library() -> bool:
+    from losa_export.errors import KernelError
+    from losa_export.runtimes.native import library_path
+
+    try:
+        library_path()
+    except KernelError:
+        return False
+    return True
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    from losa_export.graph.external import DATA_FILE, MODEL_FILE
+    from losa_export.graph.manifest import MANIFEST_FILE, file_records
+
+    manifest["files"] = file_records(folder)
+    manifest["model_bytes"] = sum(
+        manifest["files"][name]["bytes"] for name in (MODEL_FILE, DATA_FILE) if name in manifest["files"]
+    )
+    write_text_atomic(folder / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
+
+
+def _report(config: ExportConfig, spec: DecoderSpec, manifest: dict[str, Any]) -> ExportReport:
+    shapes = tensor_shapes(spec)
+    linears = sum(rows_columns(shapes[name]) for name in prunable_names(spec))
+    zeros = sum(entry["zeros"] for entry in manifest["tensors"].values())
+    return ExportReport(
+        output=config.output,
+        profile=config.profile,
+        weights=manifest["weights"],
+        values=manifest["values"],
+        model_bytes=manifest["model_bytes"],
+        dense_bytes=manifest["dense_bytes"],
+        sparsity_fraction=zeros / linears,
+        gate=manifest["gate"],
+    )

@@ -1,0 +1,124 @@
+"""export.json: what an exported folder holds, read back from the files that were written."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from losa_export.errors import FormatError
+from losa_export.files import sha256_of
+from losa_export.graph.external import ModelFolder
+from losa_export.graph.formats import DOMAIN, FORMATS
+from losa_export.graph.formats.base import unpack_mask
+from losa_export.masks import digest, zeros_count
+
+MANIFEST_FILE = "export.json"
+MANIFEST_FORMAT = "losa-export-1"
+
+_VERSIONS_OF = ("losa-export", "numpy", "onnx", "onnx-ir", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """One sparse linear as it stands in the written file.
+
+    Attributes:
+        shape: (out, in).
+        zeros: pruned positions.
+        mask_digest: identity of the zero pattern, see `losa_export.masks.digest`.
+        stored_bytes: of all its tensors.
+        values: name of the value format.
+    """
+
+    shape: tuple[int, int]
+    zeros: int
+    mask_digest: str
+    stored_bytes: int
+    values: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The entry in export.json."""
+        return {
+            "shape": list(self.shape),
+            "zeros": self.zeros,
+            "sparsity_fraction": self.zeros / (self.shape[0] * self.shape[1]),
+            "mask_digest": self.mask_digest,
+            "stored_bytes": self.stored_bytes,
+            "values": self.values,
+        }
+
+
+def read_sparse_linears(model: ModelFolder) -> dict[str, StoredLinear]:
+    """Every sparse linear of a written model: tensor name → facts, its pattern decoded from the file.
+
+    Raises: FormatError if a node is of no known format, or its mask does not fit its attributes.
+    """
+    by_operator = {value_format.op_type: value_format for value_format in FORMATS.values()}
+    found: dict[str, StoredLinear] = {}
+    for node in model.proto.graph.node:
+        if node.domain != DOMAIN:
+            continue
+        value_format = by_operator.get(node.op_type)
+        if value_format is None:
+            raise FormatError(f"node '{node.name}' has the unknown operator '{node.op_type}': export again")
+        parts = dict(zip(value_format.tensor_names, node.input[1:], strict=True))
+        attributes = {attribute.name: int(attribute.i) for attribute in node.attribute}
+        keep = unpack_mask(model.read(parts["mask"]).astype(np.uint8, copy=False), attributes["N"])
+        if keep.shape[1] != attributes["K"]:
+            raise FormatError(f"mask of node '{node.name}' has {keep.shape[1]} columns, not {attributes['K']}")
+        found[parts["mask"].removesuffix(".mask")] = StoredLinear(
+            (keep.shape[0], keep.shape[1]),
+            zeros_count(keep),
+            digest(keep),
+            sum(model.tensors[name].length for name in parts.values()),
+            value_format.name,
+        )
+    return found
+
+
+def check_digests(stored: Mapping[str, StoredLinear], meant: Mapping[str, str]) -> None:
+    """Hold the patterns in the file against those that were meant to be written.
+
+    Raises: FormatError naming the first tensor that differs or is missing.
+    """
+    for name, expected in meant.items():
+        linear = stored.get(name)
+        if linear is None or linear.mask_digest != expected:
+            raise FormatError(
+                f"the zero pattern of '{name}' in the written file is not that of the checkpoint; "
+                "the disk or the writer is at fault, export again",
+                tensor=name,
+            )
+
+
+def file_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Plain file name → its size in bytes and SHA-256, for all files of the folder but the manifest itself."""
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != MANIFEST_FILE
+    }
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of each package that had a part in the export; absent ones are left out."""
+    found = {"python": platform.python_version()}
+    for package in _VERSIONS_OF:
+        number = package_version(package)
+        if number is not None:
+            found[package] = number
+    return found
+
+
+def package_version(package: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
