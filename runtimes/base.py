@@ -57,10 +57,14 @@ class DecodeState(Protocol):
     """
 
     @property
-    def lengths(self) -> NDArray[np.int64]: ...
+    def lengths(self) -> NDArray[np.int64]:
+        """(batch,) int64."""
+        ...
 
     @property
-    def capacity(self) -> int: ...
+    def capacity(self) -> int:
+        """Tokens per row."""
+        ...
 
     def reset(self, row: int) -> None:
         """Empty one row, so that another sequence can be prefilled there."""
@@ -78,13 +82,19 @@ class Runtime(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """As in RUNTIME_NAMES."""
+        ...
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """V."""
+        ...
 
     @property
-    def max_positions(self) -> int: ...
+    def max_positions(self) -> int:
+        """Tokens."""
+        ...
 
     def new_state(self, batch: int, capacity: int) -> DecodeState:
         """An empty cache of `batch` rows of up to `capacity` tokens.
@@ -97,6 +107,8 @@ class Runtime(Protocol):
         """Read a prompt into one empty row.
 
         Args:
+            state: a cache made by new_state of this runtime.
+            row: which of its rows.
             token_ids: (S,) integers in [0, V), S ≥ 1.
         Returns: (S, V) float32 logits, one row after each token.
         Raises: InputError for an empty prompt, ids out of range, a row in use, or S beyond the capacity.
@@ -107,6 +119,7 @@ class Runtime(Protocol):
         """Append one token to each row; the rows may have different lengths.
 
         Args:
+            state: a cache made by new_state of this runtime.
             token_ids: (batch,) integers in [0, V).
         Returns: (batch, V) float32 logits after those tokens.
         Raises: InputError for ids out of range, a wrong count, or a row that is full.

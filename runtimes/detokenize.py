@@ -63,8 +63,9 @@ def load_stop_ids(folder: Path) -> tuple[int, ...]:
 
 
 class StreamDecoder:
-    """Turns tokens into text as they come; what is joined equals decoding all of them at once.
+    """Turns tokens into text as they come; the pieces joined equal decoding all tokens at once.
 
+    (Except for bytes that are no text: some decoders then take back a character that was already whole.)
     A byte-level token may end inside a character, and decoders treat the first token of a text specially. So each new
     token is decoded behind the tokens of the last piece of text, and a piece is held back while it ends in an
     unfinished character.

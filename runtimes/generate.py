@@ -64,9 +64,7 @@ class GenerationConfig:
                 f"stop_token_ids is {stop!r}, but must hold token ids of at least 0", field="stop_token_ids"
             )
         if self.chat not in get_args(ChatUse):
-            raise ConfigError(
-                f"chat is {self.chat!r}, but must be one of {', '.join(get_args(ChatUse))}", field="chat"
-            )
+            raise ConfigError(f"chat is {self.chat!r}, but must be one of {', '.join(get_args(ChatUse))}", field="chat")
         _ = self.sampling  # validates temperature and top_p
 
     @property
@@ -85,6 +83,7 @@ def generate_tokens(
     """Continue one prompt, token by token.
 
     Args:
+        runtime: loaded, and left open.
         prompt_ids: (S,) integers in [0, V), S ≥ 1.
         config: its own `stop_token_ids`, when not None, replace those given here.
         stop_token_ids: ids that end the text; the one met is not yielded.
@@ -145,9 +144,7 @@ class TextModel:
         self.stop_token_ids = stop_token_ids
 
     @classmethod
-    def open(
-        cls, folder: Path, runtime: RuntimeName | Runtime = "ort", *, threads: int | None = None
-    ) -> TextModel:
+    def open(cls, folder: Path, runtime: RuntimeName | Runtime = "ort", *, threads: int | None = None) -> TextModel:
         """Everything that `folder` needs to speak; a runtime given as an object must have loaded it already.
 
         Raises: CheckpointError for missing or malformed files, and what load_runtime raises.

@@ -34,6 +34,4 @@ def load_runtime(name: RuntimeName, folder: Path, *, threads: int | None = None)
         from losa_export.runtimes.torch_cpu import TorchRuntime
 
         return TorchRuntime.load(folder, threads=threads)
-    raise ConfigError(
-        f"runtime {name!r} is not known; choose one of {', '.join(RUNTIME_NAMES)}", field="runtime"
-    )
+    raise ConfigError(f"runtime {name!r} is not known; choose one of {', '.join(RUNTIME_NAMES)}", field="runtime")

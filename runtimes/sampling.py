@@ -39,9 +39,7 @@ class SamplingConfig:
             )
 
 
-def choose_token(
-    logits: NDArray[np.float32], config: SamplingConfig, generator: np.random.Generator
-) -> int:
+def choose_token(logits: NDArray[np.float32], config: SamplingConfig, generator: np.random.Generator) -> int:
     """The next token for one row of logits.
 
     Args:

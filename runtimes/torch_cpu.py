@@ -53,10 +53,14 @@ class TorchState:
         if self.batched is None:
             return
         for row, length in enumerate(self.lengths.tolist()):
-            self.rows[row] = [
-                (layer.keys[row : row + 1, :, -length:], layer.values[row : row + 1, :, -length:])
-                for layer in self.batched.layers
-            ] if length else None
+            self.rows[row] = (
+                [
+                    (layer.keys[row : row + 1, :, -length:], layer.values[row : row + 1, :, -length:])
+                    for layer in self.batched.layers
+                ]
+                if length
+                else None
+            )
         self.batched = None
 
 
@@ -121,7 +125,8 @@ class TorchRuntime:
         logits = self._forward(prompt[None], np.arange(prompt.size)[None], cache, None)
         state.rows[row] = [(layer.keys, layer.values) for layer in cache.layers]
         state.lengths[row] = prompt.size
-        return logits[0]
+        only_row: NDArray[np.float32] = logits[0]
+        return only_row
 
     def decode(self, state: DecodeState, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Append one token to each row; (batch, V) float32."""

@@ -8,7 +8,7 @@ import pytest
 from losa_export.errors import CheckpointError, InputError
 from losa_export.runtimes.chat import ChatTemplate, load_chat_template
 
-HELLO = [{"role": "user", "content": "hello <you> & \"me\""}]
+HELLO = [{"role": "user", "content": 'hello <you> & "me"'}]
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -20,14 +20,15 @@ def template(source: str, **tokens: str) -> ChatTemplate:
 
 
 def test_a_chatml_conversation_ends_where_the_assistant_speaks() -> None:
-    assert template(CHATML).render(HELLO) == (
-        '<|im_start|>user\nhello <you> & "me"<|im_end|>\n<|im_start|>assistant\n'
-    )
+    assert template(CHATML).render(HELLO) == ('<|im_start|>user\nhello <you> & "me"<|im_end|>\n<|im_start|>assistant\n')
     assert template(CHATML).render(HELLO, add_generation_prompt=False).endswith("<|im_end|>\n")
 
 
 def test_blocks_leave_no_blank_lines_and_loops_may_break() -> None:
-    source = "{% for m in messages %}\n    {% if loop.index > 1 %}\n{% break %}\n    {% endif %}\n{{ m.content }}\n{% endfor %}"
+    source = (
+        "{% for m in messages %}\n    {% if loop.index > 1 %}\n{% break %}\n    {% endif %}\n"
+        "{{ m.content }}\n{% endfor %}"
+    )
     assert template(source).render([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]) == "a\n"
 
 

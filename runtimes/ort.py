@@ -1,0 +1,318 @@
+"""Exported graphs on ONNX Runtime, with our kernels ('ort') or the same file without them ('ort-stock').
+
+A graph keeps its cache in one of two ways. *Shared* (profile `ort`): one buffer per block and part, allocated once
+and bound as past and present alike, in which GroupQueryAttention writes new tokens in place; rows may have
+different lengths. *Growing* (profile `standard`): it comes back longer after each call, and rows of different
+lengths are padded on the left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from losa_export.errors import CheckpointError, InputError
+from losa_export.runtimes.base import (
+    DecodeState,
+    RuntimeDescription,
+    check_next_tokens,
+    check_open,
+    check_prompt,
+    check_state_size,
+    file_sizes,
+)
+from losa_export.runtimes.ort_session import OpenSession, SessionOptions, open_session, run_failed
+from losa_export.runtimes.threads import resolve_threads
+
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """How the graph keeps keys and values.
+
+    Attributes:
+        inputs: names of past keys and values, in the order of `outputs`.
+        outputs: names of present keys and values.
+        kv_heads: heads of keys and values.
+        head_dim: length of one key.
+        shared: one buffer for past and present; else the cache grows.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    kv_heads: int
+    head_dim: int
+    shared: bool
+
+
+class SharedState:
+    """Preallocated buffers (batch, kv_heads, capacity, head_dim), one per past input."""
+
+    def __init__(self, session: Any, layout: CacheLayout, batch: int, capacity: int) -> None:
+        shape = (batch, layout.kv_heads, capacity, layout.head_dim)
+        self.lengths: Int64 = np.zeros(batch, np.int64)
+        self.capacity = capacity
+        # Pages of zeros cost nothing until a token is written there.
+        self.buffers = [np.zeros(shape, np.float32) for _ in layout.inputs]
+        self.ones = np.ones((1, capacity), np.int64)
+        self.binding = session.io_binding()
+        bind_shared(self.binding, layout, self.buffers)
+
+    def reset(self, row: int) -> None:
+        """Empty one row; what it held is overwritten before it is read again."""
+        self.lengths[row] = 0
+
+
+class GrowingState:
+    """The cache as the graph last returned it: per row after prefill, one left-padded batch while decoding."""
+
+    def __init__(self, layout: CacheLayout, batch: int, capacity: int) -> None:
+        self.lengths: Int64 = np.zeros(batch, np.int64)
+        self.capacity = capacity
+        self._empty = np.zeros((1, layout.kv_heads, 0, layout.head_dim), np.float32)
+        self._count = len(layout.inputs)
+        self.rows = [self.no_past() for _ in range(batch)]
+        self.batched: list[Any] | None = None  # OrtValues while decoding, and then `rows` is stale
+
+    def no_past(self) -> list[Float32]:
+        """A past of no tokens for one row."""
+        return [self._empty] * self._count
+
+    def reset(self, row: int) -> None:
+        """Empty one row."""
+        self.split()
+        self.rows[row] = self.no_past()
+        self.lengths[row] = 0
+
+    def split(self) -> None:
+        """Take the batched cache apart into rows, without their padding."""
+        if self.batched is None:
+            return
+        arrays = [value.numpy() for value in self.batched]
+        for row, length in enumerate(self.lengths.tolist()):
+            first = arrays[0].shape[2] - length
+            self.rows[row] = [array[row : row + 1, :, first:] for array in arrays]
+        self.batched = None
+
+    def join(self) -> list[Any]:
+        """The rows as one batch, padded on the left to the longest."""
+        if self.batched is None:
+            longest = int(self.lengths.max())
+            self.batched = [
+                ort.OrtValue.ortvalue_from_numpy(
+                    np.concatenate(
+                        [np.pad(row[i], ((0, 0), (0, 0), (longest - row[i].shape[2], 0), (0, 0))) for row in self.rows]
+                    )
+                )
+                for i in range(self._count)
+            ]
+        return self.batched
+
+
+class OrtRuntime:
+    """A decoder graph on ONNX Runtime; see `losa_export.runtimes.base.Runtime`."""
+
+    def __init__(self, opened: OpenSession, folder: Path, options: SessionOptions) -> None:
+        self.name = "ort" if options.custom_op else "ort-stock"
+        self._folder = folder
+        self._options = options
+        self._kernel_row = opened.kernel_row
+        self._session: Any = opened.session
+        self._input_types = {item.name: _dtype(item.type) for item in opened.session.get_inputs()}
+        self.layout = read_layout(opened, folder)
+        self.vocab_size, self.max_positions = read_sizes(opened, folder)
+
+    @classmethod
+    def load(
+        cls, folder: Path, *, threads: int | None = None, custom_op: bool = True, prepack: bool = True
+    ) -> OrtRuntime:
+        """Open `folder`.
+
+        Args:
+            folder: with model.onnx and its data.
+            threads: within one operation; None takes what the machine offers.
+            custom_op: register our kernels (runtime 'ort'), or run the file as it is ('ort-stock').
+            prepack: see SessionOptions; off saves memory where speed does not matter.
+        Raises: ConfigError for an impossible number of threads, and what open_session raises.
+        """
+        options = SessionOptions(resolve_threads(threads), custom_op, prepack)
+        return cls(open_session(folder, options), folder, options)
+
+    def new_state(self, batch: int, capacity: int) -> SharedState | GrowingState:
+        """An empty cache; its memory is 2 · blocks · batch · kv_heads · capacity · head_dim · 4 bytes once full."""
+        self._check_open()
+        check_state_size(batch, capacity, self.max_positions)
+        if self.layout.shared:
+            return SharedState(self._session, self.layout, batch, capacity)
+        return GrowingState(self.layout, batch, capacity)
+
+    def prefill(self, state: DecodeState, row: int, token_ids: Int64) -> Float32:
+        """Read a prompt into one empty row; (S, V) float32.
+
+        One row at a time, because GroupQueryAttention on the CPU takes no batch of prompts beside a past.
+        """
+        self._check_open()
+        prompt = check_prompt(state, row, token_ids, self.vocab_size)
+        ids, positions = prompt[None], np.arange(prompt.size, dtype=np.int64)[None]
+        if isinstance(state, SharedState):
+            # A row of a contiguous buffer is contiguous: the graph writes straight into it.
+            binding = self._session.io_binding()
+            bind_shared(binding, self.layout, [buffer[row : row + 1] for buffer in state.buffers])
+            logits = self._run(binding, ids, positions, state.ones[:, : prompt.size], "prefill")
+        elif isinstance(state, GrowingState):
+            state.split()
+            past = [ort.OrtValue.ortvalue_from_numpy(array) for array in state.no_past()]
+            logits, present = self._run_growing(past, ids, positions, np.ones_like(ids), "prefill")
+            state.rows[row] = [value.numpy() for value in present]
+        else:
+            raise _foreign_state()
+        state.lengths[row] = prompt.size
+        only_row: Float32 = logits[0]
+        return only_row
+
+    def decode(self, state: DecodeState, token_ids: Int64) -> Float32:
+        """Append one token to each row; (batch, V) float32."""
+        self._check_open()
+        tokens = check_next_tokens(state, token_ids, self.vocab_size)
+        ids, positions = tokens[:, None], state.lengths[:, None].copy()
+        longest = int(state.lengths.max()) + 1
+        if isinstance(state, SharedState):
+            # padded on the right: a row's tokens come first, the new one last among them
+            mask = (np.arange(longest) <= positions).astype(np.int64)
+            logits = self._run(state.binding, ids, positions, mask, "decode")
+        elif isinstance(state, GrowingState):
+            # padded on the left: a row's tokens come last, the new one last of all
+            mask = (np.arange(longest) >= longest - 1 - positions).astype(np.int64)
+            logits, state.batched = self._run_growing(state.join(), ids, positions, mask, "decode")
+        else:
+            raise _foreign_state()
+        state.lengths[:] += 1
+        return logits[:, 0]
+
+    def describe(self) -> RuntimeDescription:
+        """ONNX Runtime, its threads, our kernel row, and the files."""
+        return RuntimeDescription(
+            name=self.name,
+            engine="onnxruntime",
+            version=ort.__version__,
+            threads=self._options.threads,
+            kernel_row=self._kernel_row,
+            model_files=file_sizes(self._folder, "model.onnx*"),
+            details={
+                "providers": ["CPUExecutionProvider"],
+                "custom_op": self._options.custom_op,
+                "prepacking": self._options.prepack,
+                "cache": "shared buffer, written in place" if self.layout.shared else "grows by concatenation",
+            },
+        )
+
+    def close(self) -> None:
+        """Drop the session; its memory is free once no state of it is left."""
+        self._session = None
+
+    def _check_open(self) -> None:
+        check_open(self._session is None, self.name)
+
+    def _bind_tokens(self, binding: Any, ids: Int64, positions: Int64, mask: Int64) -> list[Any]:
+        """Bind the inputs that change at each call; keep what is returned until the call is over."""
+        given = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+        kept = []
+        for name, array in given.items():
+            if name in self._input_types:
+                typed = np.ascontiguousarray(array, dtype=self._input_types[name])
+                binding.bind_input(name, "cpu", 0, typed.dtype.type, typed.shape, typed.ctypes.data)
+                kept.append(typed)
+        return kept
+
+    def _run(self, binding: Any, ids: Int64, positions: Int64, mask: Int64, what: str) -> Float32:
+        """Run with the cache already bound; logits land in a fresh array, so no caller's result changes later."""
+        kept = self._bind_tokens(binding, ids, positions, mask)
+        logits = np.empty((*ids.shape, self.vocab_size), np.float32)
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # the binding's exception classes share no base of their own
+            raise run_failed(error, self.name, what) from error
+        del kept
+        return logits
+
+    def _run_growing(
+        self, past: list[Any], ids: Int64, positions: Int64, mask: Int64, what: str
+    ) -> tuple[Float32, list[Any]]:
+        binding = self._session.io_binding()
+        for name, value in zip(self.layout.inputs, past, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for name in self.layout.outputs:
+            binding.bind_output(name, "cpu")
+        logits = self._run(binding, ids, positions, mask, what)
+        # Outputs come in the order in which they were bound, with the logits last.
+        return logits, list(binding.get_outputs()[: len(self.layout.outputs)])
+
+
+def bind_shared(binding: Any, layout: CacheLayout, buffers: list[Float32]) -> None:
+    """Bind each buffer as past and as present: the graph then appends in place."""
+    for past, present, buffer in zip(layout.inputs, layout.outputs, buffers, strict=True):
+        binding.bind_input(past, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
+        binding.bind_output(present, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
+
+
+def read_layout(opened: OpenSession, folder: Path) -> CacheLayout:
+    """The cache of a graph with Hugging Face names.
+
+    Raises: CheckpointError when past and present do not pair up, or their shapes are unknown.
+    """
+    inputs = {item.name: item for item in opened.session.get_inputs()}
+    outputs = {item.name for item in opened.session.get_outputs()}
+    past = [name for name in inputs if name.startswith("past_key_values.")]
+    present = [name.replace("past_key_values.", "present.", 1) for name in past]
+    missing = [name for name in ("input_ids",) if name not in inputs]
+    missing += [name for name in ("logits", *present) if name not in outputs]
+    if missing or not past:
+        raise CheckpointError(
+            f"the graph in '{folder}' lacks {', '.join(missing) or 'past_key_values.0.key'}, so it is not a decoder "
+            "with a cache; export it with: losa export",
+            path=folder,
+        )
+    _, kv_heads, _, head_dim = inputs[past[0]].shape
+    if not isinstance(kv_heads, int) or not isinstance(head_dim, int):
+        raise CheckpointError(
+            f"the graph in '{folder}' does not fix the heads and head size of its cache ({inputs[past[0]].shape}); "
+            "export it with: losa export",
+            path=folder,
+        )
+    shared = bool(opened.settings.get("search", {}).get("past_present_share_buffer", False))
+    return CacheLayout(tuple(past), tuple(present), kv_heads, head_dim, shared)
+
+
+def read_sizes(opened: OpenSession, folder: Path) -> tuple[int, int]:
+    """Vocabulary size and number of positions.
+
+    Raises: CheckpointError when neither the graph nor genai_config.json tells.
+    """
+    model = opened.settings.get("model", {})
+    logits = next(item for item in opened.session.get_outputs() if item.name == "logits")
+    vocab_size = logits.shape[-1] if isinstance(logits.shape[-1], int) else model.get("vocab_size")
+    positions = model.get("context_length")
+    if not isinstance(vocab_size, int) or not isinstance(positions, int):
+        raise CheckpointError(
+            f"'{folder}' does not tell its vocabulary size and context length; genai_config.json is missing or "
+            "incomplete: export the model again",
+            path=folder,
+        )
+    return vocab_size, positions
+
+
+def _foreign_state() -> InputError:
+    return InputError("this state was made by another runtime; make it with new_state() of this one")
+
+
+def _dtype(name: str) -> type[np.generic]:
+    types: dict[str, type[np.generic]] = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
+    return types.get(name, np.float32)
