@@ -14,7 +14,7 @@ Everything is computed in float64. Rows, steps and positions count from 0 in eve
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,39 @@ from numpy.typing import NDArray
 from losa_export.errors import ConfigError, GateError
 
 if TYPE_CHECKING:
-    from losa_export.reference import Reference
     from losa_export.runtimes.base import Runtime
 
 # A row of zeros has no scale; any difference from it is then reported as enormous, not as infinite.
 _SMALLEST_SCALE = 1e-30
+
+
+class ReferenceAnswers(Protocol):
+    """What a runtime is held against: `losa_export.reference.Reference`, or another runtime's answers."""
+
+    @property
+    def prompts(self) -> tuple[NDArray[np.int64], ...]:
+        """P arrays (S,) of equal length S."""
+        ...
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """(P, S, V), after each prompt token."""
+        ...
+
+    @property
+    def greedy(self) -> NDArray[np.int64]:
+        """(P, G), the greedy continuation; greedy[:, 0] follows the prompt's last token."""
+        ...
+
+    @property
+    def decode_logits(self) -> NDArray[np.float32]:
+        """(P, D, V), D < G: row d after prompt and greedy[:, : d + 1]."""
+        ...
+
+    @property
+    def greedy_margin(self) -> NDArray[np.float32]:
+        """(P, G), top-1 minus top-2 logit where each greedy token was chosen."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -190,15 +218,14 @@ def summarise(parts: list[PositionErrors]) -> ParityFigures:
     )
 
 
-def gate(reference: Reference, runtime: Runtime, thresholds: GateThresholds | None = None) -> GateReport:
+def gate(reference: ReferenceAnswers, runtime: Runtime, thresholds: GateThresholds | None = None) -> GateReport:
     """Hold a runtime against the reference: prefill, decode with a past, a batch, and greedy tokens.
 
     Decoding is fed the reference's own greedy tokens. As long as the runtime picks the same ones this
     is its free greedy run; after a tolerated tie it keeps the two comparable.
 
     Args:
-        reference: prompts of equal length S with logits (P, S, V), greedy tokens (P, G), logits of the
-            first decode steps (P, D, V) and the top-1 margins (P, G).
+        reference: at least one prompt, two greedy tokens and one decode step.
         runtime: any loaded runtime; its states are made here.
         thresholds: what counts as equal; None for the fp32 defaults.
 
@@ -324,7 +351,7 @@ class _Checker:
 class _Greedy:
     """Counts equal greedy tokens, tolerating a flip only at a tie of the reference."""
 
-    def __init__(self, reference: Reference, limits: GateThresholds, runtime: str) -> None:
+    def __init__(self, reference: ReferenceAnswers, limits: GateThresholds, runtime: str) -> None:
         self._reference = reference
         self._runtime = runtime
         last = reference.logits[:, -1].astype(np.float64)

@@ -1,0 +1,105 @@
+"""No timing without an answer: the two engines, or each engine and a second opinion, must agree first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from losa_export.errors import BenchmarkError, GateError
+from losa_export.eval.answers import Answers, Workload
+from losa_export.eval.bench_report import AnswerCheck, AnswerMode, Side, SideCheck
+from losa_export.eval.engine import Engine
+from losa_export.eval.parity import GateReport, GateThresholds, compare
+from losa_export.runtimes.base import RuntimeName
+
+if TYPE_CHECKING:
+    from losa_export.eval.bench import AnswerOption, BenchConfig
+
+# The same file on another engine. A checkpoint in torch has no second opinion: it is the definition.
+SECOND_ENGINE: dict[RuntimeName, RuntimeName] = {"ort": "ort-stock", "ort-stock": "ort"}
+
+
+def choose_mode(option: AnswerOption, candidate: Path, baseline: Path) -> tuple[AnswerMode, str]:
+    """Whether the two folders must answer alike, and what decided it.
+
+    'same' and 'own' hold as given; 'auto' looks at the digests of the source weights that both folders'
+    export.json record, and is 'same' where one of them records none.
+
+    Returns: the mode, and 'option', 'weights digest' or 'default'.
+    """
+    if option != "auto":
+        return option, "option"
+    digests = [source_digest(folder) for folder in (candidate, baseline)]
+    if None in digests:
+        return "same", "default"
+    return ("same" if digests[0] == digests[1] else "own"), "weights digest"
+
+
+def source_digest(folder: Path) -> str | None:
+    """Digest of the weights an export was made from, by its export.json; None if it does not say."""
+    try:
+        manifest = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        digest = manifest["source"]["weights_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return digest if isinstance(digest, str) else None
+
+
+def check_answers(
+    mode: AnswerMode,
+    decided_by: str,
+    config: BenchConfig,
+    engines: Mapping[Side, Engine],
+    workload: Workload,
+    another: Callable[[Side, RuntimeName], Engine],
+) -> AnswerCheck:
+    """Hold the engines against their references, on the check's prompts and on the work to be timed.
+
+    Args:
+        mode: 'same': the baseline is the reference; 'own': each side's folder in another engine is.
+        decided_by: what decided the mode, for the record.
+        config: names, runtimes and thresholds.
+        engines: loaded, one a side.
+        workload: token ids of the check and of the timed work.
+        another: loads a side's folder in a second engine; closed here.
+
+    Raises:
+        BenchmarkError: answers differ; the message names the first output that diverges.
+    """
+    if mode == "same":
+        hint = "; if the two hold different weights on purpose, say --answers own"
+        side_check = _hold(
+            engines["candidate"], engines["baseline"], config.label("baseline"), workload, config.thresholds, hint
+        )
+        return AnswerCheck(mode, decided_by, candidate=side_check, baseline=None)
+    checks: dict[Side, SideCheck | None] = {"candidate": None, "baseline": None}
+    for side, engine in engines.items():
+        name = SECOND_ENGINE.get(config.runtime(side))
+        if name is None:
+            continue
+        with closing(another(side, name)) as second:
+            checks[side] = _hold(engine, second, f"the same files in {name}", workload, config.thresholds, "")
+    return AnswerCheck(mode, decided_by, candidate=checks["candidate"], baseline=checks["baseline"])
+
+
+def _hold(
+    engine: Engine, reference: Engine, against: str, workload: Workload, thresholds: GateThresholds, hint: str
+) -> SideCheck:
+    answers: Answers = reference.call("answers", prompts=workload.check_prompts, new_tokens=workload.check_new_tokens)
+    try:
+        report: GateReport = engine.call("gate", answers=answers, thresholds=thresholds)
+        figures = compare(
+            reference.call("workload_logits", workload=workload), engine.call("workload_logits", workload=workload)
+        )
+    except GateError as error:
+        raise BenchmarkError(f"nothing was timed, since the answers differ from {against}: {error}{hint}") from error
+    if figures.max_relative_error > thresholds.max_relative_error or figures.kl_max > thresholds.max_kl:
+        raise BenchmarkError(
+            f"nothing was timed, since {engine.label} differs from {against} on the prompt to be timed: "
+            f"relative error {figures.max_relative_error:.3g} (limit {thresholds.max_relative_error:.3g}), "
+            f"KL {figures.kl_max:.3g} (limit {thresholds.max_kl:.3g}){hint}"
+        )
+    return SideCheck(against, report, figures)
