@@ -91,8 +91,11 @@ bool multiply(const KernelRow& row, const SparseFp32& w, const float* x, int64_t
     return true;
   }
   const int64_t blocks_per_task = clamp(blocks / kPrefillTasks, 1, kPrefillMaxBlocks);
-  for (int64_t first = 0; first < tokens; first += kPrefillTokens) {
-    const int64_t count = tokens - first < kPrefillTokens ? tokens - first : kPrefillTokens;
+  // Passes of nearly equal size: 130 tokens as 72 + 58, not 128 + 2.
+  const int64_t passes = (tokens + kPrefillTokens - 1) / kPrefillTokens;
+  const int64_t pass = (tokens + passes * kTokenStep - 1) / (passes * kTokenStep) * kTokenStep;
+  for (int64_t first = 0; first < tokens; first += pass) {
+    const int64_t count = tokens - first < pass ? tokens - first : pass;
     Job job{row, w, x + first * w.columns, count, y + first * w.rows, nullptr, blocks_per_task};
     if (count < row.prefill_min_tokens) {
       run(parallel, job.tasks(), decode_task, &job);

@@ -1,0 +1,71 @@
+// Kernels for AVX2 with FMA (Haswell, Zen and later).
+#include <immintrin.h>
+
+#include "losa/kernel_table.h"
+#include "losa/token_tiles.h"
+
+namespace losa {
+namespace {
+
+/// For each 8-bit mask, which of the packed values each lane takes; negative means none.
+struct ExpandTable {
+  alignas(64) int8_t lanes[256][8];
+  constexpr ExpandTable() : lanes() {
+    for (int bits = 0; bits < 256; ++bits) {
+      int8_t next = 0;
+      for (int lane = 0; lane < 8; ++lane) lanes[bits][lane] = bits >> lane & 1 ? next++ : int8_t{-128};
+    }
+  }
+};
+constexpr ExpandTable kExpand;
+
+#include "losa/kernel_loops.h"
+
+struct Avx2 {
+  static constexpr int kLanes = 8;
+  static constexpr int kWideTokens = 6;
+  static constexpr int kNarrowTokens = 4;
+  static constexpr double kSkipDensity = 0.75;
+  using Vector = __m256;
+
+  static Vector zero() { return _mm256_setzero_ps(); }
+  static Vector broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  static Vector load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
+  static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+  static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+
+  static Vector expand(const float* values, unsigned bits) {
+    const __m256i lanes =
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpand.lanes[bits])));
+    const Vector spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), lanes);
+    Vector absent = _mm256_setzero_ps();
+    asm("" : "+x"(absent));  // gcc makes two instructions of a blend with a zero that it can see
+    return _mm256_blendv_ps(spread, absent, _mm256_castsi256_ps(lanes));  // by the sign
+  }
+
+  static void row_masks(const uint8_t* masks, uint64_t (&rows)[kBlockRows]) {
+    const __m256i even_then_odd = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,  //
+                                                   0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    for (uint64_t& row : rows) row = 0;
+    for (int part = 0; part < 4; ++part) {
+      __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(masks + 32 * part));
+      // 16 columns: the bytes of rows 0..7 first, then those of rows 8..15.
+      bytes = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, even_then_odd), 0xd8);
+      for (int row = 7; row >= 0; --row) {
+        const uint32_t tops = static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
+        rows[row] |= static_cast<uint64_t>(tops & 0xffff) << (16 * part);
+        rows[row + 8] |= static_cast<uint64_t>(tops >> 16) << (16 * part);
+        bytes = _mm256_add_epi8(bytes, bytes);
+      }
+    }
+  }
+};
+
+bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+}  // namespace
+
+const KernelRow kAvx2Row = {"avx2", supported, Loops<Avx2>::decode, Loops<Avx2>::prefill, pack_tile, 12};
+
+}  // namespace losa

@@ -1,0 +1,35 @@
+// Kernels for AVX-512F (Skylake-SP, Ice Lake, Zen 4 and later).
+#include <immintrin.h>
+
+#include "losa/kernel_table.h"
+#include "losa/token_tiles.h"
+
+namespace losa {
+namespace {
+
+#include "losa/kernel_loops.h"
+
+struct Avx512 {
+  static constexpr int kLanes = 16;
+  static constexpr int kWideTokens = 16;
+  static constexpr int kNarrowTokens = 8;
+  static constexpr double kSkipDensity = -1;
+  using Vector = __m512;
+  static Vector zero() { return _mm512_setzero_ps(); }
+  static Vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static Vector load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
+  static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+  static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
+  static Vector expand(const float* values, unsigned bits) {
+    return _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(bits), values);
+  }
+};
+
+bool supported() { return __builtin_cpu_supports("avx512f"); }
+
+}  // namespace
+
+const KernelRow kAvx512Row = {"avx512", supported, Loops<Avx512>::decode, Loops<Avx512>::prefill, pack_tile, 12};
+
+}  // namespace losa
