@@ -56,7 +56,7 @@ def load_stop_ids(folder: Path) -> tuple[int, ...]:
             content = content.get("model")
         found = content.get("eos_token_id") if isinstance(content, dict) else None
         ids = found if isinstance(found, list) else [found]
-        stop = tuple(token for token in ids if isinstance(token, int) and not isinstance(token, bool))
+        stop = tuple(token for token in ids if isinstance(token, int) and not isinstance(token, bool) and token >= 0)
         if stop:
             return stop
     return ()

@@ -8,6 +8,7 @@ lengths are padded on the left.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -287,7 +288,9 @@ def read_layout(opened: OpenSession, folder: Path) -> CacheLayout:
             "export it with: losa export",
             path=folder,
         )
-    shared = bool(opened.settings.get("search", {}).get("past_present_share_buffer", False))
+    profile = opened.session.get_modelmeta().custom_metadata_map.get("losa.profile")
+    # A graph made elsewhere names no profile of ours; then its settings tell.
+    shared = profile == "ort" if profile else bool(_section(opened, "search").get("past_present_share_buffer", False))
     return CacheLayout(tuple(past), tuple(present), kv_heads, head_dim, shared)
 
 
@@ -296,7 +299,7 @@ def read_sizes(opened: OpenSession, folder: Path) -> tuple[int, int]:
 
     Raises: CheckpointError when neither the graph nor genai_config.json tells.
     """
-    model = opened.settings.get("model", {})
+    model = _section(opened, "model")
     logits = next(item for item in opened.session.get_outputs() if item.name == "logits")
     vocab_size = logits.shape[-1] if isinstance(logits.shape[-1], int) else model.get("vocab_size")
     positions = model.get("context_length")
@@ -307,6 +310,11 @@ def read_sizes(opened: OpenSession, folder: Path) -> tuple[int, int]:
             path=folder,
         )
     return vocab_size, positions
+
+
+def _section(opened: OpenSession, name: str) -> Mapping[str, Any]:
+    section = opened.settings.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def _foreign_state() -> InputError:

@@ -1,0 +1,133 @@
+"""Exported folders on every runtime: one checkpoint, one answer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+pytest.importorskip("onnx_ir", reason="needs the extra 'export'")
+
+from losa_export.errors import FormatError
+from losa_export.export import ExportConfig, export
+from losa_export.runtimes.base import Runtime
+from losa_export.runtimes.generate import GenerationConfig, generate_text, generate_tokens
+from losa_export.runtimes.loader import load_runtime
+from losa_export.runtimes.native import describe
+from losa_export.runtimes.onnx_file import check_references
+
+# float32, logits of order 5 after two blocks; each engine sums in its own order
+TOLERANCE = 5e-5
+PROMPTS = [4, 9, 6]
+# Greedy needs a clear winner: below this difference two engines may rightly choose differently.
+MARGIN = 1e-3
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with six tenths of each block linear set to zero."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("pruned") / "checkpoint"))
+    tensors = load_file(folder / "model.safetensors")
+    for name, weight in tensors.items():
+        if name.endswith("_proj.weight"):
+            threshold = np.quantile(np.abs(weight), 0.6)
+            tensors[name] = np.where(np.abs(weight) < threshold, np.float32(0), 2 * weight)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module", params=["ort-sparse", "ort-dense", "standard-sparse"])
+def exported(request: pytest.FixtureRequest, pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    profile, weights = request.param.split("-")
+    folder = tmp_path_factory.mktemp("exported") / "onnx"
+    export(ExportConfig(pruned, folder, profile=profile, weights=weights, gate=False, progress=False))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["ort", "ort-stock"])
+def runtime(request: pytest.FixtureRequest, exported: Path) -> Runtime:
+    if request.param == "ort":
+        request.getfixturevalue("kernels")
+    return load_runtime(request.param, exported, threads=1)
+
+
+@pytest.fixture(scope="module")
+def torch_runtime(pruned: Path) -> Runtime:
+    pytest.importorskip("transformers", reason="needs the extra 'train'")
+    return load_runtime("torch", pruned, threads=1)
+
+
+def sequences() -> list[NDArray[np.int64]]:
+    generator = np.random.default_rng(3)
+    return [generator.integers(3, 128, size=length + 5) for length in PROMPTS]
+
+
+def alone(runtime: Runtime, sequence: NDArray[np.int64]) -> NDArray[np.float32]:
+    return runtime.prefill(runtime.new_state(1, len(sequence)), 0, sequence)
+
+
+def test_prefill_answers_as_the_checkpoint_does(runtime: Runtime, torch_runtime: Runtime) -> None:
+    for sequence in sequences():
+        np.testing.assert_allclose(alone(runtime, sequence), alone(torch_runtime, sequence), atol=TOLERANCE)
+
+
+def test_decoding_rows_of_different_lengths_equals_each_row_alone(runtime: Runtime) -> None:
+    whole = [alone(runtime, sequence) for sequence in sequences()]
+    state = runtime.new_state(3, 20)
+    for row in (1, 2, 0):
+        runtime.prefill(state, row, sequences()[row][: PROMPTS[row]])
+    for step in range(5):
+        at = [length + step for length in PROMPTS]
+        got = runtime.decode(state, np.array([sequence[a] for sequence, a in zip(sequences(), at, strict=True)]))
+        np.testing.assert_allclose(got, [w[a] for w, a in zip(whole, at, strict=True)], atol=TOLERANCE)
+
+
+def test_greedy_tokens_are_those_of_the_checkpoint(runtime: Runtime, torch_runtime: Runtime) -> None:
+    prompt = sequences()[0]
+    config = GenerationConfig(max_new_tokens=24)
+    tokens = list(generate_tokens(torch_runtime, prompt, config))
+    top_two = np.sort(alone(torch_runtime, np.concatenate([prompt, tokens])), axis=1)[len(prompt) - 1 :, -2:]
+    assert np.diff(top_two).min() > MARGIN
+    assert list(generate_tokens(runtime, prompt, config)) == tokens
+
+
+def test_sampled_text_is_the_same_on_both_engines(exported: Path, kernels: Path) -> None:
+    config = GenerationConfig(max_new_tokens=12, temperature=0.8, top_p=0.9, seed=5)
+    texts = [
+        "".join(generate_text(exported, "the cat", config, runtime=name, threads=1)) for name in ("ort", "ort-stock")
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0]
+
+
+def test_a_sparse_file_runs_our_kernels_and_a_dense_one_none(exported: Path, kernels: Path) -> None:
+    sparse = ("losa.sparse", "SparseMatMulFp32") in check_references(exported).operators
+    row = load_runtime("ort", exported, threads=1).describe().kernel_row
+    assert row == (describe().row if sparse else None)
+    assert load_runtime("ort-stock", exported, threads=1).describe().kernel_row is None
+
+
+def test_references_found_are_those_of_the_onnx_package(exported: Path) -> None:
+    from losa_export.graph.external import check_external_data
+
+    stored = check_external_data(exported).tensors.values()
+    assert check_references(exported).data_files == {tensor.path for tensor in stored if tensor.path is not None}
+
+
+def test_a_corrupted_sparse_weight_is_refused_at_load(pruned: Path, kernels: Path, tmp_path: Path) -> None:
+    from losa_export.graph.external import check_external_data
+
+    folder = tmp_path / "onnx"
+    export(ExportConfig(pruned, folder, gate=False, progress=False))
+    stored = check_external_data(folder).tensors["model.layers.1.mlp.up_proj.weight.mask"]
+    assert stored.path is not None
+    with stored.path.open("r+b") as file:
+        file.seek(stored.offset)
+        file.write(b"\xff" * stored.length)
+    with pytest.raises(FormatError, match=r"cannot load '.*model.onnx': SparseMatMulFp32 .*; export the model again"):
+        load_runtime("ort", folder, threads=1)
