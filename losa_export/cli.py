@@ -201,6 +201,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from losa_export.progress import duration
     from losa_export.sources import default_text, resolve_model
     from losa_export.training.config import TrainConfig
 
@@ -231,7 +232,13 @@ def _train(arguments: argparse.Namespace) -> int:
     from losa_export.training.train import train
 
     result = train(config, resume=arguments.resume)
-    print(f"{arguments.output}: {result}")
+    if result.status == "interrupted":
+        print("losa: interrupted; everything is saved, go on with the same command and --resume", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(
+        f"{result.run}: {result.sparsity_fraction:.2%} zeros after {len(result.rounds)} rounds and "
+        f"{duration(result.elapsed_seconds)}; next: losa merge {arguments.output} -o merged"
+    )
     return 0
 
 
@@ -323,11 +330,51 @@ def _export(arguments: argparse.Namespace) -> int:
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("candidate", type=Path, metavar="ONNX", help="exported folder to measure")
     parser.add_argument("--against", type=Path, required=True, metavar="DIR", help="exported folder to compare with")
+    runtimes = ("ort", "ort-stock", "torch")
+    parser.add_argument("--runtime", choices=runtimes, default="ort", help="of the candidate (default: %(default)s)")
+    parser.add_argument(
+        "--against-runtime", choices=runtimes, default="ort-stock", help="of the other (default: %(default)s)"
+    )
+    parser.add_argument("--prompt", type=int, default=128, metavar="TOKENS", help="prefilled (default: %(default)s)")
+    parser.add_argument("--gen", type=int, default=64, metavar="TOKENS", help="then decoded (default: %(default)s)")
+    parser.add_argument(
+        "--max-time", type=_duration, default=180.0, metavar="TIME", help="of the timed part, at most (default: 3m)"
+    )
+    parser.add_argument(
+        "--answers",
+        choices=("auto", "same", "own"),
+        default="auto",
+        help="'same': both must answer alike; 'own': different weights on purpose, each checked by a second engine"
+        " (default: by the hashes in export.json)",
+    )
+    parser.add_argument(
+        "--json", type=Path, default=Path("bench.json"), metavar="FILE", help="raw samples (default: %(default)s)"
+    )
+    _add_threads(parser)
     parser.set_defaults(command=_bench)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    raise NotImplementedError
+    from losa_export.eval.bench import BenchConfig, bench
+    from losa_export.eval.report import print_bench
+
+    report = bench(
+        BenchConfig(
+            candidate=arguments.candidate,
+            baseline=arguments.against,
+            candidate_runtime=arguments.runtime,
+            baseline_runtime=arguments.against_runtime,
+            threads=arguments.threads,
+            prompt_tokens=arguments.prompt,
+            new_tokens=arguments.gen,
+            answers=arguments.answers,
+            min_seconds=min(10.0, arguments.max_time),
+            max_seconds=arguments.max_time,
+        )
+    )
+    report.write(arguments.json)
+    print_bench(report.as_dict())
+    return 0
 
 
 # ---- generate -----------------------------------------------------------------------------------------------------

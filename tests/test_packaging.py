@@ -52,7 +52,7 @@ def imported(statement: str) -> set[str]:
     ("statement", "forbidden"),
     [
         ("import losa_export.cli", {"torch", "transformers", "onnxruntime", "onnx", "numpy"}),
-        ("from losa_export.runtimes import load_runtime", {"torch", "transformers", "onnx", "onnx_ir"}),
+        ("from losa_export.runtimes.loader import load_runtime", {"torch", "transformers", "onnx", "onnx_ir"}),
         (
             "import losa_export.runtimes.ort, losa_export.runtimes.generate",
             {"torch", "transformers", "onnx", "onnx_ir"},
