@@ -6,6 +6,7 @@ import importlib.util
 import json
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -118,14 +119,19 @@ def export(config: ExportConfig) -> ExportReport:
     check_output(config.output, overwrite=config.overwrite, inputs=[config.source])
     _require_packages()
     reference_source = _reference_source(config) if config.gate else None
-    with output_folder(config.output, overwrite=config.overwrite, inputs=[config.source]) as folder:
+    with (
+        ThreadPoolExecutor(max_workers=1) as background,
+        output_folder(config.output, overwrite=config.overwrite, inputs=[config.source]) as folder,
+    ):
+        # Hashing gigabytes costs seconds, and leaves the interpreter free meanwhile.
+        weights_sha256 = background.submit(checkpoint.weights_sha256)
         manifest = _write_model(config, checkpoint, spec, folder)
         if reference_source is None:
-            manifest["gate"], weights_sha256 = None, checkpoint.weights_sha256()
+            manifest["gate"] = None
         else:
             sparse = manifest["weights"] == "sparse"
-            manifest["gate"], weights_sha256 = _run_gate(config, folder, reference_source, sparse=sparse)
-        manifest["source"]["weights_sha256"] = weights_sha256
+            manifest["gate"] = _run_gate(config, folder, reference_source, sparse=sparse)
+        manifest["source"]["weights_sha256"] = weights_sha256.result()
         _write_manifest(folder, manifest)
     return _report(config, spec, manifest)
 
@@ -199,7 +205,7 @@ def _write_model(config: ExportConfig, checkpoint: Checkpoint, spec: DecoderSpec
         "ir_version": IR_VERSION,
         "weights": "sparse" if linears else "dense",
         "values": config.values if linears else None,
-        "mask_source": plan.source,
+        "mask_source": plan.source if plan.digests else "none",
         "dense_bytes": 4 * weights,
         "tensors": {name: linear.as_dict() for name, linear in linears.items()},
         "notes": [_FOLDING_NOTE] if linears else [],
@@ -242,8 +248,8 @@ def _reference_source(config: ExportConfig) -> Literal["torch", "stored"]:
 
 def _run_gate(
     config: ExportConfig, folder: Path, source: Literal["torch", "stored"], *, sparse: bool
-) -> tuple[dict[str, Any], str]:
-    """Compare the written folder with the source; returns the figures, and the source's weights hash."""
+) -> dict[str, Any]:
+    """Compare the written folder with the source; returns the figures."""
     from losa_export.eval.parity import gate
     from losa_export.reference import Reference, compute_reference_apart
     from losa_export.runtimes.base import RuntimeName
@@ -260,10 +266,9 @@ def _run_gate(
     runtime = load_runtime(name, folder)
     try:
         report = gate(reference, runtime)
-        figures = {**report.as_dict(), "reference": source, "engine": runtime.describe().as_dict()}
+        return {**report.as_dict(), "reference": source, "engine": runtime.describe().as_dict()}
     finally:
         runtime.close()
-    return figures, reference.model_id
 
 
 def _stored_reference(source: Path) -> Any:

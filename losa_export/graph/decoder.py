@@ -59,10 +59,7 @@ class _DecoderBuilder:
             presents += new
         nodes.prefix = ""
         x, _ = self._profile.add_norm(nodes, x, skip, store.plain(FINAL_NORM))
-        if spec.tied_embeddings:
-            logits = self._profile.tied_head(nodes, x, table)
-        else:
-            logits = nodes.add("MatMul", [x, store.transposed(HEAD)], output="logits")
+        logits = self._profile.head(nodes, x, table if spec.tied_embeddings else store.plain(HEAD))
         logits.type = ir.TensorType(ir.DataType.FLOAT)
         logits.shape = ir.Shape(["batch", "sequence", spec.vocab_size])
         return self._model(graph_inputs, [logits, *presents], profile_name, producer)

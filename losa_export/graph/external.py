@@ -93,9 +93,9 @@ class ExternalDataWriter:
 
 
 def _transposed_strips(matrix: NDArray[np.generic]) -> Iterator[NDArray[np.generic]]:
-    """Consecutive row strips of matrix.T, each about 4 MB."""
+    """Consecutive row strips of matrix.T, each about 16 MB."""
     rows, columns = matrix.shape
-    width = max(1, (1 << 20) // rows)
+    width = max(1, (1 << 22) // rows)
     for first in range(0, columns, width):
         part = matrix[:, first : first + width]
         strip = np.empty((part.shape[1], rows), dtype=matrix.dtype)

@@ -68,11 +68,11 @@ class Profile(Protocol):
         ...
 
     def silu(self, nodes: NodeList, x: ir.Value) -> ir.Value:
-        """X · sigmoid(x)."""
+        """SiLU: x · sigmoid(x)."""
         ...
 
-    def tied_head(self, nodes: NodeList, x: ir.Value, table: ir.Value) -> ir.Value:
-        """X Eᵀ for the embedding table E (vocabulary, hidden), which is not stored a second time."""
+    def head(self, nodes: NodeList, x: ir.Value, table: ir.Value) -> ir.Value:
+        """Scores of each token, x Eᵀ, for E (vocabulary, hidden); so a tied table is stored once."""
         ...
 
 
@@ -155,8 +155,8 @@ class OrtProfile:
         """See `Profile.silu`: QuickGelu with alpha 1 is SiLU, in one pass over x."""
         return nodes.add("QuickGelu", [x], {"alpha": 1.0}, domain=CONTRIB)
 
-    def tied_head(self, nodes: NodeList, x: ir.Value, table: ir.Value) -> ir.Value:
-        """See `Profile.tied_head`: as fast as MatMul with a transposed copy, since both are packed at load."""
+    def head(self, nodes: NodeList, x: ir.Value, table: ir.Value) -> ir.Value:
+        """See `Profile.head`: as fast as MatMul with a transposed copy, since both are packed at load."""
         return nodes.add("FusedMatMul", [x, table], {"transB": 1}, domain=CONTRIB, output="logits")
 
 
@@ -227,8 +227,8 @@ class StandardProfile:
         """See `Profile.silu`."""
         return nodes.add("Mul", [x, nodes.add("Sigmoid", [x])])
 
-    def tied_head(self, nodes: NodeList, x: ir.Value, table: ir.Value) -> ir.Value:
-        """See `Profile.tied_head`: Gemm reads the table transposed, but only knows matrices."""
+    def head(self, nodes: NodeList, x: ir.Value, table: ir.Value) -> ir.Value:
+        """See `Profile.head`: Gemm reads the table transposed, but only knows matrices."""
         flat = nodes.add("Reshape", [x, nodes.constant(np.array([-1, self._spec.hidden_size], dtype=np.int64))])
         scores = nodes.add("Gemm", [flat, table], {"transB": 1})
         return nodes.add("Reshape", [scores, self._logits_shape], output="logits")

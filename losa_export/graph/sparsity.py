@@ -93,14 +93,13 @@ def plan_sparsity(checkpoint: Checkpoint, spec: DecoderSpec, weights: Weights | 
         return SparsityPlan("masks.safetensors", weights != "dense", prunable, recorded, masks)
     if weights == "dense" and not recorded:
         return SparsityPlan("none", False, prunable, recorded)
-    if recorded or _some_tensor_is_sparse(checkpoint, prunable):
-        return SparsityPlan("nonzero", weights != "dense", prunable, recorded)
-    if weights == "sparse":
+    if weights == "sparse" and not recorded and not _some_tensor_is_sparse(checkpoint, prunable):
         raise InputError(
             f"checkpoint '{checkpoint.folder}' has no {MASKS_FILE}, and no linear of which "
             f"{SPARSE_FROM_FRACTION:.0%} are zero: prune it with 'losa train' first, or export with --weights dense"
         )
-    return SparsityPlan("none", False, prunable, recorded)
+    # Whether anything is sparse shows while the weights are read; looking first would read them twice.
+    return SparsityPlan("nonzero", weights != "dense", prunable, recorded)
 
 
 def _check_masks(masks: MaskFile, spec: DecoderSpec, prunable: frozenset[str]) -> None:

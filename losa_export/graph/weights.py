@@ -48,10 +48,6 @@ class WeightStore:
         self.on_written(tensor.size)
         return value
 
-    def transposed(self, name: str) -> ir.Value:
-        """Checkpoint matrix `name` (out, in), stored as (in, out) for MatMul."""
-        return self._transposed(name, self.checkpoint.read(name))
-
     def linear(self, nodes: NodeList, x: ir.Value, name: str, *, bias: bool) -> ir.Value:
         """Append x Wᵀ (+ b) for the linear module `name`, sparse if the plan says so."""
         weight_name = f"{name}.weight"
