@@ -231,7 +231,7 @@ class _Demo:
             ("LoSA", "run", "merged", "onnx"),
         ):
             self._train(dense, parts, run, one_shot=name != "LoSA")
-            self._do(f"merging {name}, with proof", merged, lambda run=run, merged=merged: self._merge(run, merged))
+            self._merge(run, merged)
             self._export(self.out / merged, onnx, "sparse")
         perplexities = [self._perplexity(parts, onnx) for onnx in ("dense-onnx", "wanda-onnx", "onnx")]
         benches = [self._bench("wanda-onnx", "wanda-bench.json"), self._bench("onnx", "bench.json")]
@@ -283,8 +283,9 @@ class _Demo:
         )
 
         def make() -> None:
+            from losa_export.training.preflight import one_shot_config
             from losa_export.training.state import is_resumable
-            from losa_export.training.train import one_shot_config, train
+            from losa_export.training.train import train
 
             chosen = one_shot_config(config) if one_shot else config
             result = train(chosen, resume=is_resumable(chosen.output))
@@ -295,9 +296,12 @@ class _Demo:
         self._do(what, f"{name}/adapter", make)
 
     def _merge(self, run: str, merged: str) -> None:
-        from losa_export.merge import merge_run
+        def make() -> None:
+            from losa_export.merge import merge_run
 
-        merge_run(self.out / run, self.out / merged)
+            merge_run(self.out / run, self.out / merged)
+
+        self._do(f"merging {run}, with proof", merged, make)
 
     def _export(self, source: Path, name: str, weights: str) -> None:
         def make() -> None:
