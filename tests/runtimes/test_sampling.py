@@ -43,7 +43,8 @@ def test_softmax_is_a_distribution_that_keeps_the_order(logits: np.ndarray, temp
     probabilities = softmax(values, temperature)
     assert probabilities.min() >= 0
     assert probabilities.sum() == pytest.approx(1.0, abs=1e-12)  # float64 sum of at most 40 terms
-    assert (np.diff(probabilities[np.argsort(values, kind="stable")]) >= 0).all()
+    ordered = probabilities[np.argsort(values, kind="stable")]
+    assert (ordered[1:] >= ordered[:-1] * (1 - 1e-6)).all()  # float32 exponentials round by up to 1e-7
 
 
 @given(logits=logit_rows, top_p=top_ps)
