@@ -116,7 +116,9 @@ def compute_reference(
             positions=positions,
             needed=needed,
         )
-    model, torch = _load_float32(model_dir)
+    model = load_model(model_dir)
+    import torch
+
     with torch.inference_mode():
         answer = model(input_ids=torch.from_numpy(np.stack(chosen)), use_cache=True)
         logits = answer.logits.float().numpy()
@@ -142,19 +144,24 @@ def compute_reference(
     )
 
 
-def _load_float32(folder: Path) -> tuple[Any, Any]:
+def load_model(folder: Path, dtype: str = "float32") -> Any:
+    """Load a checkpoint by plain transformers, eager attention, on the CPU, ready for inference.
+
+    Args:
+        folder: a checkpoint folder; nothing is fetched.
+        dtype: of weights and activations, as torch names it.
+    Raises: MissingDependencyError without torch or transformers.
+    """
     try:
         import torch
         import transformers
     except ImportError as error:
-        raise MissingDependencyError.for_extra(
-            error.name or "transformers", "train", "running the model for a reference"
-        ) from error
+        raise MissingDependencyError.for_extra(error.name or "transformers", "train", "running the model") from error
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        folder, dtype=getattr(torch, dtype), attn_implementation="eager", local_files_only=True
     )
-    return model.eval(), torch
+    return model.eval()
 
 
 def _top(logits: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -189,7 +189,9 @@ def test_a_model_with_too_few_positions_is_refused(tiny_checkpoint: Path, tmp_pa
 
 def test_without_torch_the_extra_is_named(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(MissingDependencyError, match=r"a reference needs the package 'torch'.*losa-export\[train\]"):
+    with pytest.raises(
+        MissingDependencyError, match=r"running the model needs the package 'torch'.*losa-export\[train\]"
+    ):
         compute_reference(tiny_checkpoint)
 
 
