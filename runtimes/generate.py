@@ -161,7 +161,7 @@ class TextModel:
         """
         conversation = not isinstance(prompt, str)
         if self.template is None and (conversation or chat == "always"):
-            raise InputError("this model folder has no chat template; give plain text, and chat='never'")
+            raise InputError("this model folder has no chat template; give plain text, with --raw (chat='never')")
         if self.template is not None and (conversation or chat != "never"):
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             text = self.template.render(messages)

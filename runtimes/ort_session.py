@@ -136,5 +136,9 @@ def _read_settings(folder: Path) -> Mapping[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
+    """What went wrong, in one line, without the C++ signature that stands before it when a check failed."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    where, status, reason = lines[0].partition("Status Message: ")
+    return where + status + reason.rsplit(" was false. ", 1)[-1]

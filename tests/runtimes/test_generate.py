@@ -231,7 +231,7 @@ def test_a_chat_template_wraps_the_prompt_unless_told_not_to(byte_folder: Path) 
 
 def test_a_conversation_needs_a_chat_template(byte_folder: Path) -> None:
     model = TextModel.open(byte_folder, CountingRuntime())
-    with pytest.raises(InputError, match="has no chat template; give plain text, and chat='never'"):
+    with pytest.raises(InputError, match="has no chat template; give plain text, with --raw"):
         model.prompt_ids([{"role": "user", "content": "hi"}])
     with pytest.raises(InputError, match="has no chat template"):
         model.stream("hi", GenerationConfig(chat="always"))

@@ -250,6 +250,20 @@ def test_missing_or_truncated_data_is_refused(copy: Path) -> None:
         load_runtime("ort-stock", copy, threads=1)
 
 
+def test_data_of_another_size_than_its_tensor_is_refused(copy: Path) -> None:
+    import onnx
+
+    model = onnx.load(copy / "model.onnx", load_external_data=False)
+    for entry in model.graph.initializer[0].external_data:
+        if entry.key == "length":
+            entry.value = "8"
+    (copy / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(
+        CheckpointError, match=r"cannot load '.*model.onnx': .*; the file or its data is missing or trunc"
+    ):
+        load_runtime("ort-stock", copy, threads=1)
+
+
 def test_data_that_is_a_link_is_refused(copy: Path) -> None:
     data = copy / "model.onnx.data"
     data.rename(copy / "elsewhere")
@@ -323,6 +337,17 @@ def test_an_unknown_kernel_row_is_refused(kernels: Path, shared_folder: Path, mo
     monkeypatch.setenv("LOSA_KERNEL", "abacus")
     with pytest.raises(KernelError, match="abacus"):
         load_runtime("ort", shared_folder, threads=1)
+
+
+def test_a_kernel_row_that_the_library_refuses_is_a_kernel_error(
+    kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sparse(tmp_path, [0, 2])
+    known = native.describe()
+    monkeypatch.setattr(native, "describe", lambda: known)
+    monkeypatch.setenv("LOSA_KERNEL", "abacus")
+    with pytest.raises(KernelError, match=r"cannot load '.*model.onnx': .*abacus.*; choose another row by LOSA_KERNEL"):
+        open_session(tmp_path, SessionOptions(threads=1, custom_op=True))
 
 
 def test_a_dense_model_runs_none_of_our_kernels(kernels: Path, shared_folder: Path, stock: OrtRuntime) -> None:
