@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-_HEADINGS = ("", "candidate", "baseline", "ratio (95 % interval)", "verdict")
+_HEADINGS = ("", "candidate", "baseline", "ratio (95 %)", "verdict")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def bench_rows(document: Mapping[str, Any]) -> list[Row]:
     candidate, baseline, config = document["candidate"], document["baseline"], document["config"]
     rows = [
         Row(
-            f"prefill of {config['prompt_tokens']} tokens",
+            f"prefill, {config['prompt_tokens']} tokens",
             _ms(candidate["prefill"]["median_ms"]),
             _ms(baseline["prefill"]["median_ms"]),
             *_judged(document["prefill"]),
@@ -64,7 +64,7 @@ def bench_rows(document: Mapping[str, Any]) -> list[Row]:
             f"{document['load_ratio']:.2f}x",
         ),
         Row(
-            "peak memory (VmHWM)",
+            "peak memory, VmHWM",
             _mib(candidate["peak_rss_bytes"]),
             _mib(baseline["peak_rss_bytes"]),
             "" if document["memory_ratio"] is None else f"{document['memory_ratio']:.2f} of it",
@@ -118,14 +118,16 @@ def bench_markdown(document: Mapping[str, Any]) -> str:
 
 def print_bench(document: Mapping[str, Any], console: Console | None = None) -> None:
     """Print title, table and notes to `console` (None: stdout)."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     out = console or Console()
-    table = Table(title=Text(bench_title(document)), title_justify="left")
+    out.print(Text(bench_title(document), style="bold"), soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in _HEADINGS:
-        table.add_column(heading, justify="left" if heading in ("", "verdict") else "right")
+        table.add_column(heading, justify="left" if heading in ("", "verdict") else "right", no_wrap=True)
     for row in bench_rows(document):
         table.add_row(*(Text(cell) for cell in row.cells()))
     out.print(table)
@@ -135,7 +137,7 @@ def print_bench(document: Mapping[str, Any], console: Console | None = None) -> 
 
 def _judged(comparison: Mapping[str, Any]) -> tuple[str, str]:
     estimate = comparison["all_blocks"]
-    return f"{estimate['ratio']:.2f}x ({estimate['low']:.2f} – {estimate['high']:.2f})", str(estimate["verdict"])
+    return f"{estimate['ratio']:.2f}x ({estimate['low']:.2f}–{estimate['high']:.2f})", str(estimate["verdict"])
 
 
 def _side(result: Mapping[str, Any]) -> str:

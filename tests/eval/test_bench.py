@@ -9,9 +9,12 @@ import pytest
 from rich.console import Console
 
 from losa_export.errors import BenchmarkError, ConfigError, InputError
+from losa_export.eval import bench as bench_module
+from losa_export.eval import worker
 from losa_export.eval.answer_check import choose_mode, source_digest
 from losa_export.eval.bench import BenchConfig, bench, compare_sides, mark_disturbed
 from losa_export.eval.bench_report import SCHEMA_VERSION, read_bench
+from losa_export.eval.machine import machine_record
 from losa_export.eval.report import bench_markdown, bench_notes, bench_rows, print_bench
 from losa_export.eval.stats import Verdict
 from losa_export.eval.worker import EngineSession, RawSample
@@ -50,8 +53,14 @@ def folders(tmp_path):
 
 
 @pytest.fixture
-def run(fake_runtime, folders):
+def run(fake_runtime, folders, monkeypatch):
     """Runs a benchmark over fakes: `models` maps (folder name, runtime name) to changes of the fake."""
+    record = machine_record()
+    # What these tests are not about, and what would take a second in each.
+    monkeypatch.setattr(worker, "spin_probe", lambda: (0.002,))
+    monkeypatch.setattr(worker, "settle", lambda: None)
+    monkeypatch.setattr(worker, "gc", SimpleNamespace(collect=lambda: 0, disable=lambda: None, enable=lambda: None))
+    monkeypatch.setattr(bench_module, "machine_record", lambda: record)
 
     def run(models=None, fail=None, **options):
         journal, engines = [], []
@@ -262,9 +271,9 @@ def document_of(run, **changes):
 
 def test_the_table_shows_ratio_interval_and_verdict(run):
     rows = {row.metric: row for row in bench_rows(document_of(run))}
-    assert rows["decode, per token"].ratio == "1.50x (1.40 – 1.60)"
+    assert rows["decode, per token"].ratio == "1.50x (1.40–1.60)"
     assert rows["decode, per token"].verdict == "FASTER"
-    assert "prefill of 4 tokens" in rows
+    assert "prefill, 4 tokens" in rows
     assert rows["model files"].ratio == "1.00 of it"
 
 

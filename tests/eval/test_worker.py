@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from multiprocessing import Pipe
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from losa_export.errors import BenchmarkError
 from losa_export.eval.answers import answers_of, make_workload, workload_logits, workload_positions
 from losa_export.eval.parity import GateThresholds, gate
-from losa_export.eval.worker import EngineSession, memory_use, reset_peak_memory, serve, spin_probe
+from losa_export.eval.worker import EngineSession, memory_use, reset_peak_memory, serve, settle, spin_probe
 
 
 @pytest.fixture
@@ -105,6 +106,20 @@ def test_the_probe_leaves_the_affinity_as_it_was():
     before = os.sched_getaffinity(0)
     assert len(spin_probe()) == min(8, len(before))
     assert os.sched_getaffinity(0) == before
+
+
+def test_settling_waits_for_threads_that_still_spin():
+    stop = time.monotonic() + 0.1
+
+    def spin():
+        while time.monotonic() < stop:
+            pass
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    settle()
+    assert time.monotonic() >= stop or not thread.is_alive()
+    thread.join()
 
 
 def test_memory_of_a_system_that_tells_nothing_is_none(tmp_path):
