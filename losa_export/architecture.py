@@ -209,12 +209,13 @@ def inverse_frequencies(spec: DecoderSpec) -> NDArray[np.float32]:
     scaled: NDArray[np.float32] = (frequency / np.float32(rope.factor)).astype(np.float32)
     if rope.kind == "linear":
         return scaled
-    wavelength = (np.float32(2 * math.pi) / frequency).astype(np.float32)
+    # PyTorch divides a number by a tensor as reciprocal times number; so here, for the same roundings.
+    wavelength = np.reciprocal(frequency) * np.float32(2 * math.pi)
     longest = rope.original_max_position / rope.low_freq_factor
     shortest = rope.original_max_position / rope.high_freq_factor
-    smooth = (np.float32(rope.original_max_position) / wavelength - np.float32(rope.low_freq_factor)) / np.float32(
-        rope.high_freq_factor - rope.low_freq_factor
-    )
+    turns = np.reciprocal(wavelength) * np.float32(rope.original_max_position)
+    span = np.float32(rope.high_freq_factor - rope.low_freq_factor)
+    smooth = (turns - np.float32(rope.low_freq_factor)) / span
     blended = (np.float32(1.0) - smooth) * frequency / np.float32(rope.factor) + smooth * frequency
     result = np.where(wavelength > longest, scaled, np.where(wavelength < shortest, frequency, blended))
     return result.astype(np.float32)

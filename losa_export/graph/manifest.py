@@ -31,14 +31,14 @@ class StoredLinear:
     Attributes:
         shape: (out, in).
         zeros: pruned positions.
-        mask_digest: identity of the zero pattern, see `losa_export.masks.digest`.
+        mask_sha256: identity of the zero pattern, see `losa_export.masks.digest`.
         stored_bytes: of all its tensors.
         values: name of the value format.
     """
 
     shape: tuple[int, int]
     zeros: int
-    mask_digest: str
+    mask_sha256: str
     stored_bytes: int
     values: str
 
@@ -48,7 +48,7 @@ class StoredLinear:
             "shape": list(self.shape),
             "zeros": self.zeros,
             "sparsity_fraction": self.zeros / (self.shape[0] * self.shape[1]),
-            "mask_digest": self.mask_digest,
+            "mask_sha256": self.mask_sha256,
             "stored_bytes": self.stored_bytes,
             "values": self.values,
         }
@@ -89,7 +89,7 @@ def check_digests(stored: Mapping[str, StoredLinear], meant: Mapping[str, str]) 
     """
     for name, expected in meant.items():
         linear = stored.get(name)
-        if linear is None or linear.mask_digest != expected:
+        if linear is None or linear.mask_sha256 != expected:
             raise FormatError(
                 f"the zero pattern of '{name}' in the written file is not that of the checkpoint; "
                 "the disk or the writer is at fault, export again",

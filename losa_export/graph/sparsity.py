@@ -129,9 +129,9 @@ def _recorded_digests(checkpoint: Checkpoint) -> dict[str, str]:
     if not isinstance(tensors, Mapping):
         raise MaskError(f"'{path}' has no table 'tensors': run 'losa merge' again, or delete the file", path=path)
     return {
-        str(name): entry["mask_digest"]
+        str(name): entry["mask_sha256"]
         for name, entry in tensors.items()
-        if isinstance(entry, Mapping) and isinstance(entry.get("mask_digest"), str)
+        if isinstance(entry, Mapping) and isinstance(entry.get("mask_sha256"), str)
     }
 
 
