@@ -126,7 +126,12 @@ def write_embedded_text(output: Path, *, overwrite: bool = False) -> TextParts:
         rows = [(str(page["title"]), normalise_space(str(page["extract"]))) for page in pages.values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TextError(f"'{source}' is not a table of titles and extracts ({error})", path=source) from error
-    return write_parts(rows, output, overwrite=overwrite, inputs=[])
+    notice = (
+        f"Lead paragraphs of English Wikipedia articles, from the package {EMBEDDED_TEXT.package} "
+        f"{EMBEDDED_TEXT.version}.\nLicence: {EMBEDDED_TEXT.licence}.\n"
+        "Changes: white space normalised, split by title into three parts.\n"
+    )
+    return write_parts(rows, output, overwrite=overwrite, inputs=[], notice=notice)
 
 
 def write_user_text(paths: Sequence[Path], output: Path, *, overwrite: bool = False) -> TextParts:
@@ -204,6 +209,8 @@ def write_parts(rows: Sequence[tuple[str, str]], output: Path, *, overwrite: boo
                 for text in texts[title]
             ]
             write_text_atomic(path, "\n".join(lines) + "\n")
+        if notice:
+            write_text_atomic(folder / "NOTICE.txt", notice)
     return TextParts.inside(output)
 
 

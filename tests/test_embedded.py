@@ -113,6 +113,7 @@ def test_embedded_text_is_split_into_parts_disjoint_by_title(tmp_path: Path) -> 
     assert not titles[0] & titles[2]
     assert not titles[1] & titles[2]
     assert all(row["text"] == normalise_space(row["text"]) for part in rows for row in part)
+    assert "CC BY-SA 4.0" in (tmp_path / "text" / "NOTICE.txt").read_text()
 
 
 @needs_text
