@@ -190,8 +190,10 @@ def split_titles(titles: Iterable[str]) -> tuple[list[str], list[str], list[str]
     )
 
 
-def write_parts(rows: Sequence[tuple[str, str]], output: Path, *, overwrite: bool, inputs: Sequence[Path]) -> TextParts:
-    """Write (title, text) rows as three files that share no title.
+def write_parts(
+    rows: Sequence[tuple[str, str]], output: Path, *, overwrite: bool, inputs: Sequence[Path], notice: str = ""
+) -> TextParts:
+    """Write (title, text) rows as three files that share no title; `notice`, if any, goes into NOTICE.txt.
 
     Raises: TextError as `split_titles`; OutputError as `files.output_folder`.
     """
