@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -325,3 +326,22 @@ def test_warnings_name_a_busy_machine_and_a_wide_interval(run):
     warnings = run(precision=1e-9, warmup_tolerance=1e-9).report.warnings
     assert any("wider than the" in warning for warning in warnings)
     assert any("warm-up blocks" in warning for warning in warnings)
+
+
+def test_every_field_of_the_document_is_in_the_schema(run):
+    schema = (Path(__file__).resolve().parents[2] / "docs" / "bench-schema.md").read_text(encoding="utf-8")
+
+    def fields(value, within=()):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                # Options, package names, percentile levels and file names are described where they are made.
+                if within[-1:] not in (("packages",), ("percentiles_ms",), ("config",), ("thresholds",)):
+                    yield key
+                    if key not in ("engine", "greedy"):
+                        yield from fields(inner, (*within, key))
+        elif isinstance(value, list):
+            for inner in value[:1]:
+                yield from fields(inner, within)
+
+    missing = {name for name in fields(run().report.as_dict()) if f"`{name}`" not in schema}
+    assert missing == set()

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -86,3 +90,23 @@ def test_a_closed_engine_cannot_be_asked():
     engine.close()
     with pytest.raises(RuntimeFailureError, match=r"during 'memory'"):
         engine.call("memory")
+
+
+def test_an_interrupt_of_the_parent_ends_the_child(tmp_path):
+    program = (
+        "import signal, sys\n"
+        "from losa_export.eval.engine import EngineProcess\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"with EngineProcess('the child', timeout_s=600, program={child('time.sleep(600)')!r}) as engine:\n"
+        "    print(engine._process.pid, flush=True)\n"
+        "    engine.call('load')\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    with parent:
+        pid = int(parent.stdout.readline())
+        parent.send_signal(signal.SIGINT)
+        parent.wait(timeout=30)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
