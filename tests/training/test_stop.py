@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from losa_export.training.stop import StoppedError, StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_former_handlers_come_back(number: signal.Signals) -> None:
+    former = signal.getsignal(number)
+    with StopRequest() as stop:
+        stop.check()
+        os.kill(os.getpid(), number)
+        assert stop.requested
+        assert signal.getsignal(number) is former
+        with pytest.raises(StoppedError):
+            stop.check()
+    assert signal.getsignal(number) is former
+
+
+def test_a_second_ctrl_c_acts_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_outside_the_main_thread_nothing_is_caught() -> None:
+    seen: list[bool] = []
+
+    def work() -> None:
+        with StopRequest() as stop:
+            seen.append(stop.requested)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]

@@ -1,0 +1,161 @@
+"""The masked low-rank layer: y = x·((W + s·BA)⊙M)ᵀ + b, with W and M frozen."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from losa_export.errors import ConfigError, MaskError
+
+
+def effective_weight(weight: Tensor, mask: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """(W + s·BA)⊙M, as a new tensor.
+
+    Args:
+        weight: (out, in), any float dtype.
+        mask: (out, in) uint8, 1 = keep. Not bool: PyTorch multiplies floats by bool some thirty times slower.
+        a: (rank, in), the dtype of the result.
+        b: (out, rank), likewise.
+        scaling: s.
+    Returns: (out, in) in the dtype of `a`; pruned positions are zero.
+    """
+    if weight.dtype == a.dtype:
+        merged = torch.addmm(weight, b, a, alpha=scaling)
+    else:
+        merged = weight.to(a.dtype).addmm_(b, a, alpha=scaling)
+    return merged.mul_(mask)
+
+
+class _MaskedLoRAFunction(torch.autograd.Function):
+    """One matrix product forward and two backward, with exact gradients.
+
+    Only x, A, B and references to W and M are kept; the effective weight is built again in `backward`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, scaling: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, a, b, weight, mask)
+        ctx.scaling = scaling
+        with torch.autocast(x.device.type, enabled=False):
+            merged = effective_weight(weight, mask, a, b, scaling).to(x.dtype)
+            return functional.linear(x, merged, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, weight, mask = ctx.saved_tensors
+        grad_x = grad_a = grad_b = None
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                grad_x = grad_output @ effective_weight(weight, mask, a, b, ctx.scaling).to(x.dtype)
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                rows = grad_output.reshape(-1, grad_output.shape[-1])
+                grad_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(a.dtype).mul_(mask)
+                grad_a = (b.T @ grad_weight).mul_(ctx.scaling)
+                grad_b = (grad_weight @ a.T).mul_(ctx.scaling)
+        return grad_x, grad_a, grad_b, None, None, None, None
+
+
+class MaskedLoRALinear(nn.Module):
+    """A linear layer whose weight is frozen and pruned, with a low-rank update under the same mask.
+
+    Args:
+        linear: the dense layer; its weight and bias are taken over and never changed.
+        max_rank: rows of A and columns of B that are allocated.
+        rank: how many of them are active at first.
+        scaling: s, the same whatever the rank.
+        generator: of A's start, Kaiming-uniform over the inputs; B starts at zero, so the update does too.
+    Raises: ConfigError if `rank` exceeds `max_rank`.
+    """
+
+    mask: Tensor
+
+    def __init__(
+        self, linear: nn.Linear, *, max_rank: int, rank: int, scaling: float, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.out_features, linear.in_features
+        self.scaling = scaling
+        self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        bound = 1.0 / math.sqrt(self.in_features)
+        start = torch.empty(max_rank, self.in_features, dtype=dtype).uniform_(-bound, bound, generator=generator)
+        device = self.weight.device
+        self.lora_A = nn.Parameter(start.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, max_rank, dtype=dtype, device=device))
+        self.register_buffer("mask", torch.ones(self.weight.shape, dtype=torch.uint8, device=device), persistent=False)
+        self.rank = 0
+        self.set_rank(rank)
+        self._folded: Tensor | None = None
+
+    @property
+    def max_rank(self) -> int:
+        """Rank that is allocated."""
+        return self.lora_A.shape[0]
+
+    @property
+    def kept(self) -> Tensor:
+        """(out, in) bool, True = keep."""
+        return self.mask.bool()
+
+    def active(self) -> tuple[Tensor, Tensor]:
+        """The active slices: A (rank, in) and B (out, rank)."""
+        return self.lora_A[: self.rank], self.lora_B[:, : self.rank]
+
+    def set_rank(self, rank: int) -> None:
+        """Use the first `rank` components. Growing into untouched ones changes no output, since their B is zero.
+
+        Raises: ConfigError outside 1 to `max_rank`.
+        """
+        if not 1 <= rank <= self.max_rank:
+            raise ConfigError(f"rank {rank} of an adapter must lie between 1 and max_rank {self.max_rank}", rank=rank)
+        self.rank = rank
+
+    def set_mask(self, kept: Tensor) -> None:
+        """Prune where `kept`, (out, in) bool, is False. Raises: MaskError for another shape."""
+        if kept.shape != self.mask.shape:
+            raise MaskError(
+                f"a mask of shape {tuple(kept.shape)} does not fit a weight of shape {tuple(self.mask.shape)}; "
+                "use the masks of this model"
+            )
+        self.mask.copy_(kept)
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """The effective weight (W + s·BA)⊙M, (out, in) in the adapters' dtype."""
+        return effective_weight(self.weight, self.mask, *self.active(), self.scaling)
+
+    @contextlib.contextmanager
+    def folded(self, dtype: torch.dtype | None = None) -> Iterator[None]:
+        """Within the block, compute with a weight that is merged once: for passes without gradients."""
+        self._folded = self.merged().to(dtype or self.lora_A.dtype)
+        try:
+            yield
+        finally:
+            self._folded = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) to (…, out), in the dtype of `x`, or in autocast's where that is on."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self._folded is not None:
+            return functional.linear(x, self._folded.to(x.dtype), bias)
+        a, b = self.active()
+        arguments = (x, a, b, self.weight, self.mask, bias, self.scaling)
+        output: Tensor = _MaskedLoRAFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+        return output
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"in={self.in_features}, out={self.out_features}, rank={self.rank}/{self.max_rank}, s={self.scaling:g}"

@@ -1,0 +1,112 @@
+"""Activations of the model block by block: what enters a block, and what its linears see."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class BlockBatch:
+    """One batch of calibration windows on its way through the blocks.
+
+    Attributes:
+        hidden: (windows, tokens, hidden) input of the next block, on the CPU between blocks.
+        keyword_arguments: for each block, everything but the hidden states that the model passes to it.
+    """
+
+    hidden: Tensor
+    keyword_arguments: Sequence[Mapping[str, Any]]
+
+
+@torch.no_grad()
+def capture_block_inputs(
+    model: nn.Module, blocks: Sequence[nn.Module], windows: Tensor, batch_size: int
+) -> list[BlockBatch]:
+    """What enters the first block for each batch of windows, and how the model calls every block.
+
+    All keyword arguments are taken as they come (rotary embeddings, masks, positions, whatever a later release
+    adds), for each block apart, since some models mix attention kinds. The blocks themselves do not run.
+
+    Args:
+        model: the causal language model, with its blocks at `model.model.layers`.
+        blocks: those blocks.
+        windows: (n, tokens) int64.
+        batch_size: windows run together.
+    """
+    device = next(model.parameters()).device
+    batches = []
+    for part in torch.split(windows, batch_size):
+        calls: list[tuple[Tensor, dict[str, Any]]] = []
+        with _stubbed(blocks, calls):
+            model.get_submodule("model")(input_ids=part.to(device), use_cache=False)
+        batches.append(BlockBatch(calls[0][0].cpu(), [arguments for _, arguments in calls]))
+    return batches
+
+
+@contextlib.contextmanager
+def _stubbed(blocks: Sequence[nn.Module], calls: list[tuple[Tensor, dict[str, Any]]]) -> Iterator[None]:
+    """Within the block, decoder blocks hand their input on unchanged, and `calls` collects how they were called."""
+
+    def stub(*arguments: Any, **keywords: Any) -> Tensor:
+        hidden: Tensor = keywords.pop("hidden_states") if "hidden_states" in keywords else arguments[0]
+        calls.append((hidden, keywords))
+        return hidden
+
+    for block in blocks:
+        block.forward = stub  # shadows the class's method for a while
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@torch.no_grad()
+def run_block(block: nn.Module, index: int, batch: BlockBatch) -> Tensor:
+    """Output of block `index` for its input `batch.hidden`: (windows, tokens, hidden), on the CPU.
+
+    Blocks return a tensor or, in older releases of transformers, a tuple that begins with it.
+    """
+    device = next(block.parameters()).device
+    output = block(batch.hidden.to(device), **batch.keyword_arguments[index])
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden.cpu()
+
+
+@torch.no_grad()
+def input_square_sums(
+    block: nn.Module, index: int, linears: Mapping[str, nn.Module], batches: Sequence[BlockBatch]
+) -> dict[str, Tensor]:
+    """Sum of squares of every input feature of a block's linears over all calibration tokens.
+
+    Squares are taken in float32 whatever the activations are, and batches are added up in float64.
+
+    Args:
+        block: the decoder block, which computes as it is (old masks).
+        index: its place.
+        linears: name to module inside `block`.
+        batches: the block's inputs.
+    Returns: name → (in,) float32, on the device of the block.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            features = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
+            part = features.square().sum(dim=0).double()
+            sums[name] = sums[name] + part if name in sums else part
+
+        return add
+
+    with contextlib.ExitStack() as hooks:
+        for name, linear in linears.items():
+            hooks.callback(linear.register_forward_pre_hook(watch(name)).remove)
+        for batch in batches:
+            run_block(block, index, batch)
+    return {name: total.float() for name, total in sums.items()}

@@ -1,0 +1,247 @@
+"""What a training run does: one frozen configuration, written beside the result it produced."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from losa_export.errors import ConfigError, InputError
+from losa_export.training.allocation import RANK_ALLOCATORS, SPARSITY_ALLOCATORS
+
+Dtype = Literal["fp32", "bf16"]
+Compute = Literal["auto", "fp32", "bf16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+CONFIG_FILE = "config.toml"
+
+# Fields that may change between a run and its resumption: none of them touches a mask or a loss.
+# Model and texts are compared by content, so that a moved folder does not stop a run.
+FREE_ON_RESUME = frozenset({"model", "output", "tuning_text", "calibration_text", "save_every_seconds", "overwrite"})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Configuration of `losa_export.training.train.train`.
+
+    Attributes:
+        model: Hugging Face checkpoint folder of the dense model.
+        output: run folder to make.
+        tuning_text: text files to fine-tune on (.txt and its like, or .jsonl with a field "text").
+        calibration_text: text files for the activation statistics; empty means the tuning text.
+        sparsity_fraction: zeros among the block linears at the end, strictly between 0 and 1.
+        rounds: T, the number of prune-then-tune rounds.
+        steps: optimizer steps over all rounds. None without a time budget means one pass over the tuning
+            text; None with one means as many as fit. 0 prunes only.
+        time_budget_seconds: wall time for pruning and tuning together; None is no limit.
+        final_round_share: fraction of the tuning spent in the last round, where the zeros are final.
+        rank: active rank r of every adapter.
+        max_rank: rows of A and columns of B that are allocated, so that ranks can vary between rounds.
+        scaling: s in W + s·BA, the same for every block and round.
+        learning_rate: peak of the one cosine schedule that spans all rounds.
+        weight_decay: decoupled decay of the active rank slices.
+        gradient_clip: largest gradient norm over all adapters; 0 never clips.
+        warmup_fraction: part of each round in which the rate rises again from zero.
+        batch_size: windows in an optimizer step, over all processes.
+        window: tokens in a window.
+        calibration_windows: windows for the activation statistics of each round.
+        dtype: how the frozen block weights are held. Adapters are always float32.
+        compute: dtype of activations and matrix products. "auto" is bf16 for a bf16 base on hardware that
+            multiplies it natively, and fp32 otherwise.
+        device: "auto" takes a GPU if there is one.
+        seed: of the adapters' start, the choice of calibration windows and the order of the tuning windows.
+        sparsity_allocator: how the sparsity of a round is shared out among blocks.
+        rank_allocator: how rank is shared out among blocks.
+        save_every_seconds: longest training time that a crash can cost; 0 saves after each step.
+        overwrite: replace the run that lies in `output`.
+    Raises: ConfigError naming the field that is out of range.
+    """
+
+    model: Path
+    output: Path
+    tuning_text: tuple[Path, ...]
+    calibration_text: tuple[Path, ...] = ()
+    sparsity_fraction: float = 0.5
+    rounds: int = 5
+    steps: int | None = None
+    time_budget_seconds: float | None = None
+    final_round_share: float = 0.6
+    rank: int = 8
+    max_rank: int = 16
+    scaling: float = 2.0
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-3
+    gradient_clip: float = 1.0
+    warmup_fraction: float = 0.05
+    batch_size: int = 4
+    window: int = 256
+    calibration_windows: int = 16
+    dtype: Dtype = "fp32"
+    compute: Compute = "auto"
+    device: Device = "auto"
+    seed: int = 0
+    sparsity_allocator: str = "uniform"
+    rank_allocator: str = "uniform"
+    save_every_seconds: float = 60.0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        self._require("tuning_text", len(self.tuning_text) > 0, "name at least one text file")
+        self._require(
+            "sparsity_fraction",
+            0.0 < self.sparsity_fraction < 1.0,
+            "it must lie strictly between 0 and 1, for example 0.5",
+        )
+        for name in ("rounds", "rank", "batch_size", "calibration_windows"):
+            self._require(name, getattr(self, name) >= 1, "it must be at least 1")
+        self._require("window", self.window >= 2, "it must be at least 2: a token to read and one to predict")
+        self._require("steps", self.steps is None or self.steps >= 0, "it must not be negative")
+        self._require(
+            "time_budget_seconds",
+            self.time_budget_seconds is None or self.time_budget_seconds > 0.0,
+            "it must be positive",
+        )
+        self._require("final_round_share", 0.0 < self.final_round_share <= 1.0, "it must lie in (0, 1]")
+        self._require("max_rank", self.max_rank >= self.rank, f"it must be at least the rank, {self.rank}")
+        for name in ("scaling", "learning_rate"):
+            value = getattr(self, name)
+            self._require(name, 0.0 < value < math.inf, "it must be positive and finite")
+        for name in ("weight_decay", "gradient_clip", "save_every_seconds"):
+            value = getattr(self, name)
+            self._require(name, 0.0 <= value < math.inf, "it must be 0 or a positive finite number")
+        self._require("warmup_fraction", 0.0 <= self.warmup_fraction < 1.0, "it must lie in [0, 1)")
+        self._require("seed", self.seed >= 0, "it must not be negative")
+        self._choice("dtype", ("fp32", "bf16"))
+        self._choice("compute", ("auto", "fp32", "bf16"))
+        self._choice("device", ("auto", "cpu", "cuda"))
+        self._choice("sparsity_allocator", tuple(SPARSITY_ALLOCATORS))
+        self._choice("rank_allocator", tuple(RANK_ALLOCATORS))
+
+    def _require(self, field: str, condition: bool, mend: str) -> None:
+        if not condition:
+            value = getattr(self, field)
+            raise ConfigError(f"{field} is {value!r}; {mend}", field=field, value=value)
+
+    def _choice(self, field: str, allowed: tuple[str, ...]) -> None:
+        self._require(field, getattr(self, field) in allowed, f"choose one of {', '.join(allowed)}")
+
+    @property
+    def calibration_files(self) -> tuple[Path, ...]:
+        """The files that calibration reads: `calibration_text`, or the tuning text where that is empty."""
+        return self.calibration_text or self.tuning_text
+
+    def absolute(self) -> TrainConfig:
+        """The same configuration with every path absolute, so that it means the same from anywhere."""
+        return dataclasses.replace(
+            self,
+            model=self.model.resolve(),
+            output=self.output.resolve(),
+            tuning_text=tuple(path.resolve() for path in self.tuning_text),
+            calibration_text=tuple(path.resolve() for path in self.calibration_text),
+        )
+
+
+def to_table(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain TOML values; fields that are None are left out."""
+    table: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, Path):
+            value = str(value)
+        elif isinstance(value, tuple):
+            value = [str(path) for path in value]
+        if value is not None:
+            table[field.name] = value
+    return table
+
+
+def from_table(table: Mapping[str, Any], where: Path) -> TrainConfig:
+    """A configuration from TOML values.
+
+    Args:
+        table: as `to_table` makes it; missing fields take their defaults.
+        where: the file, for messages.
+    Raises: ConfigError for an unknown or missing field, a value of the wrong type, or one out of range.
+    """
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    unknown = sorted(set(table) - set(fields))
+    if unknown:
+        raise ConfigError(f"'{where}' has the unknown field '{unknown[0]}' in [train]; take it out", field=unknown[0])
+    values: dict[str, Any] = {}
+    for name, value in table.items():
+        values[name] = _typed(name, str(fields[name].type), value, where)
+    for name in ("model", "output", "tuning_text"):
+        if name not in values:
+            raise ConfigError(f"'{where}' lacks the field '{name}' in [train]; add it", field=name)
+    return TrainConfig(**values)
+
+
+def _typed(name: str, annotation: str, value: Any, where: Path) -> Any:
+    kind = annotation.removesuffix(" | None")
+    if kind == "Path" and isinstance(value, str):
+        return Path(value)
+    if kind.startswith("tuple") and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(Path(item) for item in value)
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind == "float" and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if kind in ("str", "Dtype", "Compute", "Device") and isinstance(value, str):
+        return value
+    raise ConfigError(f"'{where}': {name} is {value!r}, which is not a {kind}; correct it", field=name)
+
+
+def write_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """TOML text of tables of plain values (str, bool, int, float, list of str, or a table of str)."""
+    lines: list[str] = []
+    for title, table in tables.items():
+        lines.append(f"[{title}]")
+        lines += [f"{_key(name)} = {_toml_value(value)}" for name, value in table.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _key(name: str) -> str:
+    bare = name.replace("_", "").replace("-", "")
+    return name if bare.isascii() and bare.isalnum() else _toml_value(name)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_toml_value(item) for item in value)}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_key(name)} = {_toml_value(item)}' for name, item in value.items())}}}"
+    # JSON strings are TOML basic strings, but for DEL, which TOML wants escaped.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def read_run_config(run: Path) -> TrainConfig:
+    """The configuration that a run folder was made with.
+
+    Raises: InputError if there is no readable config.toml; ConfigError if it holds nonsense.
+    """
+    path = run / CONFIG_FILE
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"'{run}' is not a run folder: {CONFIG_FILE} cannot be read ({error.strerror}); run 'losa train' first",
+            path=path,
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"'{path}' is not TOML ({error}); run 'losa train' again", path=path) from error
+    table = tables.get("train")
+    if not isinstance(table, dict):
+        raise InputError(f"'{path}' has no table [train]; run 'losa train' again", path=path)
+    return from_table(table, path)

@@ -1,0 +1,142 @@
+"""The dense model with a masked low-rank layer in place of every block linear."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from losa_export.architecture import BLOCK_LINEARS
+from losa_export.errors import CheckpointError, ConfigError
+from losa_export.masks import BoolArray
+from losa_export.training.adapter import MaskedLoRALinear
+from losa_export.training.allocation import FloatVector
+from losa_export.training.config import Compute, Device, Dtype, TrainConfig
+
+_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A causal language model whose block linears are `MaskedLoRALinear`.
+
+    Attributes:
+        model: the whole model, everything frozen but the adapters.
+        blocks: its decoder blocks, in order.
+        layers: weight name, for example 'model.layers.0.mlp.up_proj.weight', to layer, in forward order.
+        compute_dtype: dtype of activations and of all weights outside the blocks.
+    """
+
+    model: nn.Module
+    blocks: tuple[nn.Module, ...]
+    layers: Mapping[str, MaskedLoRALinear]
+    compute_dtype: torch.dtype
+
+    def layers_of(self, block: int) -> dict[str, MaskedLoRALinear]:
+        """Weight name to layer of one block."""
+        prefix = f"model.layers.{block}."
+        return {name: layer for name, layer in self.layers.items() if name.startswith(prefix)}
+
+    def parameter_counts(self) -> FloatVector:
+        """(L,) prunable weights of each block."""
+        counts = [sum(layer.weight.numel() for layer in self.layers_of(i).values()) for i in range(len(self.blocks))]
+        return np.array(counts, dtype=np.float64)
+
+    def masks(self) -> dict[str, BoolArray]:
+        """Weight name to mask, (out, in) bool, True = keep."""
+        return {name: layer.mask.cpu().numpy().astype(np.bool_) for name, layer in self.layers.items()}
+
+    def sparsity_fraction(self) -> float:
+        """Pruned positions of all block linears, as a fraction."""
+        total = sum(layer.mask.numel() for layer in self.layers.values())
+        return 1.0 - sum(int(layer.mask.sum(dtype=torch.int64)) for layer in self.layers.values()) / total
+
+
+def choose_device(device: Device) -> torch.device:
+    """The device named, or for 'auto' a GPU if there is one. Raises: ConfigError for 'cuda' without one."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but PyTorch sees no GPU here; use device 'auto' or 'cpu'", field="device")
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def choose_compute(compute: Compute, dtype: Dtype, device: torch.device) -> Dtype:
+    """The compute dtype, resolving 'auto'.
+
+    bfloat16 products are emulated, some nine times slower than float32, on CPUs without AVX512-BF16 or AMX.
+    """
+    if compute != "auto":
+        return compute
+    if dtype == "fp32":
+        return "fp32"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return "bf16" if any(getattr(torch.cpu, name, bool)() for name in native) else "fp32"
+
+
+def load_adapted_model(config: TrainConfig, compute: Dtype) -> AdaptedModel:
+    """Load the dense checkpoint on the CPU and put adapters into its blocks.
+
+    The adapters' start depends on `config.seed` and on the layer's place alone.
+    Raises: CheckpointError if transformers cannot load it, or a block weight is not finite.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    compute_dtype = _TORCH_DTYPES[compute]
+    shows_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_pretrained(
+                config.model, dtype=compute_dtype, attn_implementation="sdpa", local_files_only=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"transformers cannot load the checkpoint '{config.model}': {error}; save it again", path=config.model
+        ) from error
+    finally:
+        if shows_bars:
+            logging.enable_progress_bar()
+    return attach_adapters(cast(nn.Module, model), config, compute_dtype)
+
+
+def attach_adapters(model: nn.Module, config: TrainConfig, compute_dtype: torch.dtype) -> AdaptedModel:
+    """Freeze `model` and replace every linear of its blocks, in place.
+
+    Raises: CheckpointError naming the first block weight that is not finite.
+    """
+    # Dropout would make the training loss a random variable; evaluation mode turns it off and keeps gradients.
+    model.eval().requires_grad_(False)
+    blocks = tuple(model.get_submodule("model.layers").children())
+    layers: dict[str, MaskedLoRALinear] = {}
+    for index, block in enumerate(blocks):
+        for place, path in enumerate(BLOCK_LINEARS):
+            parent_path, _, attribute = path.rpartition(".")
+            linear = cast(nn.Linear, block.get_submodule(path))
+            name = f"model.layers.{index}.{path}.weight"
+            if not bool(torch.isfinite(linear.weight).all()):
+                raise CheckpointError(
+                    f"tensor '{name}' of checkpoint '{config.model}' holds values that are not finite; "
+                    "download or save it again",
+                    tensor=name,
+                )
+            linear.weight.data = linear.weight.data.to(_TORCH_DTYPES[config.dtype])
+            seed = np.random.SeedSequence([config.seed, index, place]).generate_state(1, np.uint64)[0]
+            layers[name] = MaskedLoRALinear(
+                linear,
+                max_rank=config.max_rank,
+                rank=config.rank,
+                scaling=config.scaling,
+                generator=torch.Generator().manual_seed(int(seed)),
+            )
+            setattr(block.get_submodule(parent_path), attribute, layers[name])
+    return AdaptedModel(model, blocks, layers, compute_dtype)

@@ -1,0 +1,103 @@
+"""Everything that can be found wrong before the model is loaded, and the identity of what a run starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_export.architecture import DecoderSpec, tensor_shapes
+from losa_export.checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
+from losa_export.errors import CheckpointError, ConfigError
+from losa_export.files import sha256_of
+from losa_export.text import load_tokenizer, read_documents, token_windows
+from losa_export.training.config import FREE_ON_RESUME, TrainConfig, to_table
+
+
+@dataclass(frozen=True)
+class TrainInputs:
+    """Checked inputs of a run.
+
+    Attributes:
+        spec: the decoder.
+        calibration: (calibration_windows, window) int64 token ids.
+        tuning: (n, window) int64 token ids.
+        weight_hashes: weight file name to SHA-256.
+        tokenizer_hash: SHA-256 of tokenizer.json.
+        fingerprint: all that must be the same when the run is resumed.
+    """
+
+    spec: DecoderSpec
+    calibration: NDArray[np.int64]
+    tuning: NDArray[np.int64]
+    weight_hashes: dict[str, str]
+    tokenizer_hash: str
+    fingerprint: dict[str, Any]
+
+
+def check_inputs(config: TrainConfig) -> TrainInputs:
+    """Open the checkpoint's headers and the texts.
+
+    Raises:
+        InputError, CheckpointError, UnsupportedArchitectureError: the model folder.
+        TextError: a text that is missing or fills no window.
+        ConfigError: a window longer than the model's context.
+    """
+    checkpoint = open_checkpoint(config.model)
+    spec = DecoderSpec.from_config(checkpoint.config, config.model / CONFIG_FILE)
+    _check_tensors(checkpoint, spec)
+    if config.window > spec.max_positions:
+        raise ConfigError(
+            f"window is {config.window}, but the model reads at most {spec.max_positions} tokens; shorten it",
+            field="window",
+        )
+    tokenizer = load_tokenizer(config.model)
+    separator = spec.eos_token_ids[0] if spec.eos_token_ids else None
+    tuning_documents = read_documents(config.tuning_text)
+    calibration_documents = read_documents(config.calibration_text) if config.calibration_text else tuning_documents
+    calibration = token_windows(
+        calibration_documents, tokenizer, config.window, config.calibration_windows, config.seed, separator=separator
+    )
+    tuning = token_windows(tuning_documents, tokenizer, config.window, None, None, separator=separator)
+    for windows, files in ((calibration, config.calibration_files), (tuning, config.tuning_text)):
+        _check_ids(windows, spec, config.model, files)
+    weight_hashes = {path.name: sha256_of(path) for path in checkpoint.weight_files()}
+    tokenizer_hash = sha256_of(config.model / "tokenizer.json")
+    settings = {name: value for name, value in to_table(config).items() if name not in FREE_ON_RESUME}
+    contents = {
+        "model weights": weight_hashes,
+        "model config": sha256_of(config.model / CONFIG_FILE),
+        "tokenizer": tokenizer_hash,
+        "tuning text": [sha256_of(path) for path in config.tuning_text],
+        "calibration text": [sha256_of(path) for path in config.calibration_files],
+    }
+    return TrainInputs(spec, calibration, tuning, weight_hashes, tokenizer_hash, {**settings, **contents})
+
+
+def _check_tensors(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
+    for name, shape in tensor_shapes(spec).items():
+        if checkpoint.shape(name) != shape:
+            raise CheckpointError(
+                f"tensor '{name}' of checkpoint '{checkpoint.folder}' has shape {checkpoint.shape(name)}, but its "
+                f"{CONFIG_FILE} asks for {shape}; the two do not belong together: download the checkpoint again",
+                tensor=name,
+            )
+
+
+def _check_ids(windows: NDArray[np.int64], spec: DecoderSpec, model: Path, files: tuple[Path, ...]) -> None:
+    largest = int(windows.max())
+    if largest >= spec.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer of '{model}' gives the token {largest} for '{files[0]}', but the model has only "
+            f"{spec.vocab_size} embeddings; use the tokenizer that belongs to the model",
+            token=largest,
+        )
+
+
+def one_shot_config(config: TrainConfig) -> TrainConfig:
+    """The configuration that prunes once to the final sparsity, and tunes nothing."""
+    return dataclasses.replace(config, rounds=1, steps=0, time_budget_seconds=None)

@@ -1,0 +1,481 @@
+"""Dense checkpoint in, masks and adapters out: rounds of pruning and fine-tuning that survive a crash."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from losa_export.errors import ConfigError, StateError
+from losa_export.files import check_output, disk_errors, write_text_atomic
+from losa_export.progress import Progress, duration
+from losa_export.training.allocation import RankInputs, SparsityInputs, allocate_ranks, allocate_sparsity
+from losa_export.training.config import CONFIG_FILE, TrainConfig, to_table, write_toml
+from losa_export.training.journal import JOURNAL_FILE, RoundRecord, write_journal
+from losa_export.training.loop import Tuner, TuningData
+from losa_export.training.model import AdaptedModel, choose_compute, choose_device, load_adapted_model
+from losa_export.training.outputs import ADAPTER_FOLDER, MASKS_FILE, write_outputs
+from losa_export.training.preflight import TrainInputs, check_inputs, one_shot_config
+from losa_export.training.prune import prune_blocks
+from losa_export.training.schedule import (
+    PROVISIONAL_STEPS,
+    RoundPlan,
+    round_spans,
+    sparsity_at,
+    split_steps,
+    steps_in,
+)
+from losa_export.training.state import (
+    STATE_FOLDER,
+    RunState,
+    check_fingerprint,
+    drop_spare,
+    load_state,
+    save_state,
+)
+from losa_export.training.stop import StoppedError, StopRequest
+
+# With a time budget, a round is planned anew when the plan misses its share by more than this part.
+_REPLAN_TOLERANCE = 0.1
+_MEASURED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What became of a run.
+
+    Attributes:
+        run: the run folder.
+        status: "interrupted" if it was asked to stop; it can be resumed then.
+        rounds: the finished rounds.
+        elapsed_seconds: working time over all sessions.
+    """
+
+    run: Path
+    status: Literal["completed", "interrupted"]
+    rounds: tuple[RoundRecord, ...]
+    elapsed_seconds: float
+
+    @property
+    def sparsity_fraction(self) -> float:
+        """Zeros among all block linears after the last finished round."""
+        return self.rounds[-1].sparsity_fraction if self.rounds else 0.0
+
+    @property
+    def masks_file(self) -> Path:
+        """The masks of a completed run."""
+        return self.run / MASKS_FILE
+
+    @property
+    def adapter_folder(self) -> Path:
+        """The adapters of a completed run, in PEFT's layout."""
+        return self.run / ADAPTER_FOLDER
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step, for those who watch. `step` counts from 0 within the round; `loss` is that before it."""
+
+    round_number: int
+    step: int
+    loss: float
+    learning_rate: float
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    show_progress: bool = True,
+    on_step: Callable[[StepRecord], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> TrainResult:
+    """Prune and fine-tune a dense checkpoint (LoSA), into the run folder `config.output`.
+
+    Args:
+        config: what to do.
+        resume: go on with the run in `config.output` instead of starting one. Masks and losses are then those
+            of a run that was never interrupted, bit for bit on the same machine and thread count. With a time
+            budget that holds for the planned steps: a machine that slows down changes the plan.
+        show_progress: report on standard error.
+        on_step: told of every optimizer step.
+        clock: seconds, monotonic.
+    Returns: the result; status "interrupted" after SIGINT or SIGTERM, once the state is saved.
+    Raises:
+        InputError and its kinds: the model or a text cannot be used.
+        ConfigError: a field does not fit the model or the machine.
+        OutputError: the run folder cannot be written, or holds something already.
+        StateError: nothing to resume, a damaged state, or one of other settings, model or texts.
+    """
+    config = config.absolute()
+    state, tensors = RunState(), {}
+    if not resume:
+        check_output(config.output, overwrite=config.overwrite, inputs=[config.model, *config.tuning_text])
+    saved = load_state(config.output) if resume else None
+    accelerator = _accelerator(config)
+    inputs = check_inputs(config)
+    accelerator.wait_for_everyone()
+    if saved is not None:
+        check_fingerprint(config.output, saved.fingerprint, inputs.fingerprint)
+        state, tensors = saved.state, dict(saved.tensors)
+        if state.phase == "complete":
+            return _finished(config, state)
+    elif accelerator.is_main_process:
+        _clear(config.output)
+        save_state(config.output, state, {}, inputs.fingerprint)
+    session = _Session(config, inputs, state, accelerator, show_progress, on_step, clock)
+    try:
+        with StopRequest() as stop:
+            session.run(tensors, stop)
+    except StoppedError:
+        return TrainResult(config.output, "interrupted", tuple(state.records), state.elapsed_seconds)
+    return TrainResult(config.output, "completed", tuple(state.records), state.elapsed_seconds)
+
+
+def one_shot(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
+    """Prune once to the final sparsity by Wanda's score, without tuning: the baseline.
+
+    The run folder is like any other; its adapters are zero.
+    """
+    return train(one_shot_config(config), show_progress=show_progress)
+
+
+def _accelerator(config: TrainConfig) -> Any:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=choose_device(config.device).type == "cpu")
+    if config.batch_size % accelerator.num_processes:
+        raise ConfigError(
+            f"batch_size is {config.batch_size}, which {accelerator.num_processes} processes cannot share evenly; "
+            "choose a multiple",
+            field="batch_size",
+        )
+    return accelerator
+
+
+def _finished(config: TrainConfig, state: RunState) -> TrainResult:
+    for path in (config.output / MASKS_FILE, config.output / ADAPTER_FOLDER):
+        if not path.exists():
+            raise StateError(
+                f"run '{config.output}' is finished, but its '{path.name}' is gone; start again with --overwrite",
+                path=path,
+            )
+    return TrainResult(config.output, "completed", tuple(state.records), state.elapsed_seconds)
+
+
+def _clear(run: Path) -> None:
+    """Remove an earlier run's files, and nothing else that may lie in the folder. The state goes last."""
+    with disk_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+        for name in (MASKS_FILE, JOURNAL_FILE, CONFIG_FILE):
+            (run / name).unlink(missing_ok=True)
+        for name in (ADAPTER_FOLDER, STATE_FOLDER):
+            if (run / name).is_dir():
+                shutil.rmtree(run / name)
+
+
+class _Session:
+    """One stretch of work on a run, from where its state stands to the end or to a stop."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        inputs: TrainInputs,
+        state: RunState,
+        accelerator: Any,
+        show_progress: bool,
+        on_step: Callable[[StepRecord], None] | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.config, self.inputs, self.state = config, inputs, state
+        self.on_step, self.clock = on_step, clock
+        self.accelerator = accelerator
+        self.writes = bool(self.accelerator.is_main_process)
+        self.shows = show_progress and self.writes
+        self.compute = choose_compute(config.compute, config.dtype, self.accelerator.device)
+        self.spans = round_spans(config.rounds, config.final_round_share)
+        self.planned = split_steps(self._total_steps(), self.spans)
+        self.ticked = clock()
+        self.saved_at = self.state.elapsed_seconds
+        self.adapted: AdaptedModel
+        self.tuner: Tuner
+
+    def run(self, tensors: dict[str, Tensor], stop: StopRequest) -> None:
+        """Load the model and go through the remaining rounds."""
+        self._write_records()
+        self.adapted = load_adapted_model(self.config, self.compute)
+        self.adapted.model.to(self.accelerator.device)
+        data = TuningData(self.inputs.tuning, self.config.batch_size, self.config.seed)
+        self.tuner = Tuner(self.adapted, data, self.config, self.accelerator)
+        self._restore(tensors)
+        self.tick()
+        while self.state.phase != "complete":
+            if self.state.phase == "prune":
+                self._prune(stop)
+            self._tune(stop)
+            self._finish_round()
+        if self.writes:
+            write_outputs(self.config.output, self.adapted, self.config.model, self._mask_metadata())
+        self.save(keep_tensors=False)
+        if self.writes:
+            drop_spare(self.config.output)
+
+    def tick(self) -> float:
+        """Add the time since the last tick to the run's working time. Returns: those seconds."""
+        now = self.clock()
+        passed, self.ticked = now - self.ticked, now
+        self.state.elapsed_seconds += passed
+        return passed
+
+    def save(self, *, keep_tensors: bool = True) -> None:
+        """Write the state to the disk."""
+        self.tick()
+        if self.writes:
+            tensors = self._tensors() if keep_tensors else {}
+            save_state(self.config.output, self.state, tensors, self.inputs.fingerprint)
+        self.saved_at = self.state.elapsed_seconds
+
+    def _prune(self, stop: StopRequest) -> None:
+        state, config = self.state, self.config
+        target = sparsity_at(config.sparsity_fraction, state.round_number, config.rounds)
+        counts = self.adapted.parameter_counts()
+        previous = np.array(state.block_targets or [0.0] * counts.size, dtype=np.float64)
+        targets = allocate_sparsity(
+            config.sparsity_allocator,
+            target,
+            SparsityInputs(state.round_number, config.rounds, counts, previous),
+        )
+        stop.check()
+        title = f"round {state.round_number}/{config.rounds}, pruning to {target:.1%}"
+        self.tick()
+        with Progress(title, counts.size, "blocks", enabled=self.shows) as progress:
+
+            def on_block(_: int) -> None:
+                progress.advance()
+                stop.check()
+
+            prune_blocks(
+                self.adapted,
+                torch.from_numpy(self.inputs.calibration),
+                targets,
+                batch_size=config.batch_size,
+                on_block=on_block,
+            )
+        ranks_before = np.array(state.block_ranks or [config.rank] * counts.size, dtype=np.int64)
+        ranks = allocate_ranks(
+            config.rank_allocator,
+            float(config.rank),
+            RankInputs(state.round_number, config.rounds, 1, config.max_rank, ranks_before),
+        )
+        state.block_targets, state.block_ranks = targets.tolist(), ranks.tolist()
+        self._apply_ranks()
+        state.prune_seconds = self.tick()
+        state.plan, state.allotted_seconds = self._plan_round()
+        state.phase = "tune"
+        self.save()
+
+    def _plan_round(self) -> tuple[RoundPlan, float | None]:
+        """Steps of the round that begins, and its share of the time budget, if there is one."""
+        state, config = self.state, self.config
+        index = state.round_number - 1
+        steps, allotted = self.planned[index], None
+        if config.time_budget_seconds is not None and steps > 0:
+            prunes_left = (config.rounds - state.round_number) * state.prune_seconds
+            tuning_left = max(0.0, config.time_budget_seconds - state.elapsed_seconds - prunes_left)
+            start, end = self.spans[index]
+            allotted = tuning_left * (end - start) / (1.0 - start)
+            fitting = PROVISIONAL_STEPS
+            if state.seconds_per_step is not None:
+                fitting = steps_in(allotted, state.seconds_per_step)
+            steps = min(steps, fitting)
+        return RoundPlan.of_round(self.spans[index], steps, config.warmup_fraction), allotted
+
+    def _tune(self, stop: StopRequest) -> None:
+        state, config = self.state, self.config
+        assert state.plan is not None  # set by _prune, and saved with the phase
+        title = f"round {state.round_number}/{config.rounds}, tuning at {self.adapted.sparsity_fraction():.1%}"
+        timed = state.allotted_seconds is not None
+        total = state.allotted_seconds if state.allotted_seconds is not None else float(state.plan.end_step)
+        self.tick()
+        with Progress(title, total, "s" if timed else "steps", enabled=self.shows and total > 0) as progress:
+            progress.advance(state.tune_seconds if timed else state.step)
+            while state.step < state.plan.end_step:
+                rate = config.learning_rate * state.plan.rate_factor(state.step)
+                loss = self.tuner.step(state.total_steps, rate)
+                seconds = self.tick()
+                state.losses.append(loss)
+                state.tune_seconds += seconds
+                state.step += 1
+                state.total_steps += 1
+                self._replan()
+                self._show(progress, loss, seconds, timed)
+                if self.on_step is not None:
+                    self.on_step(StepRecord(state.round_number, state.step - 1, loss, rate))
+                due = state.elapsed_seconds - self.saved_at >= config.save_every_seconds
+                if (due or stop.requested) and state.step < state.plan.end_step:
+                    self.save()
+                    stop.check()
+
+    def _replan(self) -> None:
+        """With a time budget, correct the number of steps when the measured speed asks for it."""
+        state = self.state
+        if state.allotted_seconds is None or state.plan is None:
+            return
+        # Not at the very end either: steps added there would run at the rate of the round's end, zero in the last.
+        if not _MEASURED_STEPS <= state.step < state.plan.end_step:
+            return
+        speed = state.tune_seconds / state.step
+        left = state.allotted_seconds - state.tune_seconds
+        fitting = state.step + max(0, int(left / speed))
+        fitting = min(fitting, self.planned[state.round_number - 1])
+        first = state.seconds_per_step is None and state.step == _MEASURED_STEPS
+        if first or abs(fitting - state.plan.end_step) > max(1.0, _REPLAN_TOLERANCE * state.plan.end_step):
+            state.plan = state.plan.corrected(state.step, fitting)
+
+    def _show(self, progress: Progress, loss: float, seconds: float, timed: bool) -> None:
+        tokens = self.config.batch_size * self.config.window
+        fields = {"loss": f"{loss:.3f}", "tokens/s": f"{tokens / max(seconds, 1e-9):.0f}"}
+        left = self._seconds_left()
+        if left is not None:
+            fields["whole run"] = f"{duration(left)} left"
+        progress.advance(seconds if timed else 1, **fields)
+
+    def _seconds_left(self) -> float | None:
+        state, config = self.state, self.config
+        if config.time_budget_seconds is not None:
+            return max(0.0, config.time_budget_seconds - state.elapsed_seconds)
+        if state.step == 0 or state.plan is None:
+            return None
+        steps = sum(self.planned[state.round_number :]) + state.plan.end_step - state.step
+        prunes = config.rounds - state.round_number
+        return steps * state.tune_seconds / state.step + prunes * state.prune_seconds
+
+    def _finish_round(self) -> None:
+        state, config = self.state, self.config
+        state.records.append(self._record())
+        if state.step > 0:
+            state.seconds_per_step = state.tune_seconds / state.step
+        state.step, state.losses, state.plan = 0, [], None
+        state.tune_seconds = state.prune_seconds = 0.0
+        if state.round_number == config.rounds:
+            # Not saved yet: a crash from here on repeats the end of the round and the writing of the outputs.
+            state.phase = "complete"
+        else:
+            state.round_number += 1
+            state.phase = "prune"
+            self.save()
+        if self.writes:
+            write_journal(config.output, state.records)
+
+    def _record(self) -> RoundRecord:
+        state, config = self.state, self.config
+        assert state.plan is not None  # the round has been pruned
+        masks = self.adapted.layers.items()
+        last = state.plan.rate_factor(state.step - 1) * config.learning_rate if state.step else None
+        return RoundRecord(
+            round_number=state.round_number,
+            target_sparsity=sparsity_at(config.sparsity_fraction, state.round_number, config.rounds),
+            sparsity_fraction=self.adapted.sparsity_fraction(),
+            block_targets=tuple(state.block_targets),
+            block_ranks=tuple(state.block_ranks),
+            sparsity={name: 1.0 - float(layer.mask.mean(dtype=torch.float64)) for name, layer in masks},
+            steps=state.step,
+            tokens=state.step * config.batch_size * config.window,
+            losses=tuple(state.losses),
+            learning_rate_last=last,
+            prune_seconds=state.prune_seconds,
+            tune_seconds=state.tune_seconds,
+            peak_memory_bytes=_peak_memory_bytes(self.accelerator.device),
+        )
+
+    def _total_steps(self) -> int:
+        """Steps of all rounds, or with a time budget the most there may be."""
+        if self.config.steps is not None:
+            return self.config.steps
+        if self.config.time_budget_seconds is not None:
+            return sys.maxsize >> 32
+        return max(self.config.rounds, -(-len(self.inputs.tuning) // self.config.batch_size))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        saved = self.tuner.tensors()
+        for name, mask in self.adapted.masks().items():
+            saved[f"mask:{name}"] = torch.from_numpy(np.packbits(mask.reshape(-1), bitorder="little"))
+        saved["rng:cpu"] = torch.get_rng_state()
+        return saved
+
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        if not tensors:
+            return
+        try:
+            self.tuner.restore(tensors, self.state.total_steps)
+            for name, layer in self.adapted.layers.items():
+                packed = tensors[f"mask:{name}"].numpy()
+                bits = np.unpackbits(packed, count=layer.mask.numel(), bitorder="little").reshape(layer.mask.shape)
+                layer.set_mask(torch.from_numpy(bits).bool())
+            torch.set_rng_state(tensors["rng:cpu"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise StateError(
+                f"the training state of '{self.config.output}' lacks or misshapes a tensor ({error}); start again "
+                "with --overwrite",
+                run=self.config.output,
+            ) from error
+        self._apply_ranks()
+
+    def _apply_ranks(self) -> None:
+        if self.state.block_ranks:
+            self.tuner.set_ranks(
+                {
+                    name: self.state.block_ranks[block]
+                    for block in range(len(self.adapted.blocks))
+                    for name in self.adapted.layers_of(block)
+                }
+            )
+
+    def _mask_metadata(self) -> dict[str, str]:
+        hashes = self.inputs.weight_hashes
+        return {
+            "sparsity_fraction": repr(self.adapted.sparsity_fraction()),
+            "base": str(self.config.model),
+            **{f"base_sha256:{name}": value for name, value in hashes.items()},
+        }
+
+    def _write_records(self) -> None:
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")}
+        tables: dict[str, dict[str, Any]] = {
+            "train": to_table(self.config),
+            "base": {
+                "path": str(self.config.model),
+                "architecture": self.inputs.spec.architecture,
+                "weights_sha256": self.inputs.weight_hashes,
+                "tokenizer_sha256": self.inputs.tokenizer_hash,
+            },
+            "environment": {
+                **versions,
+                "device": str(self.accelerator.device),
+                "compute": self.compute,
+                "threads": torch.get_num_threads(),
+                "processes": int(self.accelerator.num_processes),
+            },
+        }
+        if self.writes:
+            write_text_atomic(self.config.output / CONFIG_FILE, write_toml(tables))
+            write_journal(self.config.output, self.state.records)
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    import resource
+
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
