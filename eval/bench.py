@@ -425,7 +425,7 @@ def _warnings(
     if not stationary:
         yield (
             f"after {config.max_warmup_blocks} warm-up blocks two neighbours still differed by more than "
-            f"{config.warmup_tolerance:.0%}; quiet the machine, or raise --max-warmup-blocks"
+            f"{config.warmup_tolerance:.0%}; stop other work on this machine and run again"
         )
     disturbed = sum(sample.disturbed for sample in samples)
     if disturbed > len(samples) / 4:
@@ -438,7 +438,7 @@ def _warnings(
         if everything.half_width > config.precision:
             yield (
                 f"the interval of the {name} ratio is ±{everything.half_width:.1%}, wider than the "
-                f"{config.precision:.1%} asked for; raise --max-seconds"
+                f"{config.precision:.1%} asked for; raise --max-time"
             )
         if quiet is not None and quiet.verdict != everything.verdict:
             yield f"{name}: without disturbed blocks the verdict would be {quiet.verdict}; run again in quiet"

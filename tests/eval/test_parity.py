@@ -4,6 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from losa_export.errors import ConfigError, GateError
 from losa_export.eval.parity import GateThresholds, compare, gate, log_softmax, position_errors
@@ -50,6 +53,19 @@ def test_a_common_shift_changes_no_probability_and_overflows_nowhere():
 
 def test_an_all_zero_reference_gives_a_huge_but_finite_relative_error():
     assert np.isfinite(compare(np.zeros((1, 3)), np.ones((1, 3))).max_relative_error)
+
+
+logit_rows = arrays(np.float32, (3, 6), elements=st.floats(-50, 50, width=32))
+
+
+@given(logit_rows, logit_rows, st.sampled_from([2.0, 1024.0]))
+def test_divergence_is_never_negative_and_relative_error_knows_no_scale(a, b, factor):
+    one, scaled = position_errors(a, b), position_errors(a * np.float32(factor), b * np.float32(factor))
+    assert (one.kl >= 0).all()
+    assert (one.agree == scaled.agree).all()
+    has_scale = np.sqrt((a.astype(float) ** 2).mean(axis=1)) > 1e-20  # else the floor of the scale counts
+    # Powers of two scale exactly; the rest is float64 rounding.
+    np.testing.assert_allclose(scaled.relative[has_scale], one.relative[has_scale], rtol=1e-9)
 
 
 def test_shapes_that_differ_are_refused():
