@@ -3,9 +3,10 @@
 `ort` uses ONNX Runtime's contributed operators: attention with rotary embedding and a KV cache that may be updated
 in place, and residual additions fused into norms. `standard` uses ONNX opset 23 alone.
 
-Both honour `position_ids`. They differ in what `attention_mask` may say: under `ort` a row's tokens stand at the
-front (padding to the right) and the mask's row sums are the lengths, which is what lets rows of different length
-share one in-place cache; under `standard` any position may be masked.
+They differ in what padding they allow. Under `standard` any position may be masked, and `position_ids` say what they
+like. Under `ort` a row's tokens stand at the front (padding to the right) and the mask's row sums are the lengths,
+which is what lets rows of different length share one in-place cache; `position_ids` count for tokens after a past,
+while GroupQueryAttention counts a prompt without a past from 0 whatever they say.
 """
 
 from __future__ import annotations
