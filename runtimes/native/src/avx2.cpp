@@ -44,18 +44,37 @@ struct Avx2 {
     return _mm256_blendv_ps(spread, absent, _mm256_castsi256_ps(lanes));  // by the sign
   }
 
+  static void transpose8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    Vector rows[8];  // of 4 x 4 corners: left ones of input rows i and i + 4, then right ones
+    for (int i = 0; i < 4; ++i) {
+      const float* upper = from + i * from_stride;
+      const float* lower = upper + 4 * from_stride;
+      rows[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(upper)), _mm_loadu_ps(lower), 1);
+      rows[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(upper + 4)), _mm_loadu_ps(lower + 4), 1);
+    }
+    for (int half = 0; half < 8; half += 4, to += 4 * to_stride) {
+      const Vector* r = rows + half;
+      const Vector low01 = _mm256_unpacklo_ps(r[0], r[1]), high01 = _mm256_unpackhi_ps(r[0], r[1]);
+      const Vector low23 = _mm256_unpacklo_ps(r[2], r[3]), high23 = _mm256_unpackhi_ps(r[2], r[3]);
+      _mm256_storeu_ps(to, _mm256_shuffle_ps(low01, low23, 0x44));
+      _mm256_storeu_ps(to + to_stride, _mm256_shuffle_ps(low01, low23, 0xee));
+      _mm256_storeu_ps(to + 2 * to_stride, _mm256_shuffle_ps(high01, high23, 0x44));
+      _mm256_storeu_ps(to + 3 * to_stride, _mm256_shuffle_ps(high01, high23, 0xee));
+    }
+  }
+
   static void row_masks(const uint8_t* masks, uint64_t (&rows)[kBlockRows]) {
     const __m256i even_then_odd = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,  //
                                                    0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-    for (uint64_t& row : rows) row = 0;
     for (int part = 0; part < 4; ++part) {
       __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(masks + 32 * part));
       // 16 columns: the bytes of rows 0..7 first, then those of rows 8..15.
       bytes = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, even_then_odd), 0xd8);
       for (int row = 7; row >= 0; --row) {
         const uint32_t tops = static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
-        rows[row] |= static_cast<uint64_t>(tops & 0xffff) << (16 * part);
-        rows[row + 8] |= static_cast<uint64_t>(tops >> 16) << (16 * part);
+        const uint16_t low = static_cast<uint16_t>(tops), high = static_cast<uint16_t>(tops >> 16);
+        __builtin_memcpy(reinterpret_cast<char*>(&rows[row]) + 2 * part, &low, sizeof low);
+        __builtin_memcpy(reinterpret_cast<char*>(&rows[row + 8]) + 2 * part, &high, sizeof high);
         bytes = _mm256_add_epi8(bytes, bytes);
       }
     }
@@ -66,6 +85,6 @@ bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 }  // namespace
 
-const KernelRow kAvx2Row = {"avx2", supported, Loops<Avx2>::decode, Loops<Avx2>::prefill, pack_tile, 12};
+const KernelRow kAvx2Row = {"avx2", supported, Loops<Avx2>::decode, Loops<Avx2>::prefill, Loops<Avx2>::pack, 12};
 
 }  // namespace losa

@@ -24,12 +24,16 @@ struct Avx512 {
   static Vector expand(const float* values, unsigned bits) {
     return _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(bits), values);
   }
+  static void transpose8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    for (int j = 0; j < 8; ++j)
+      for (int i = 0; i < 8; ++i) to[j * to_stride + i] = from[i * from_stride + j];
+  }
 };
 
 bool supported() { return __builtin_cpu_supports("avx512f"); }
 
 }  // namespace
 
-const KernelRow kAvx512Row = {"avx512", supported, Loops<Avx512>::decode, Loops<Avx512>::prefill, pack_tile, 12};
+const KernelRow kAvx512Row = {"avx512", supported, Loops<Avx512>::decode, Loops<Avx512>::prefill, Loops<Avx512>::pack, 12};
 
 }  // namespace losa

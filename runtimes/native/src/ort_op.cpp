@@ -26,11 +26,21 @@ struct Kernel {
   Calls calls;
   const KernelRow* row;
   SparseFp32 weight;
+  std::string name;  // of the node, for messages
 };
 
-Status* format_error(const Calls& calls, const std::string& message) {
+Status* format_error(const Calls& calls, const std::string& node, const std::string& message) {
   return calls.create_status(ort::kInvalidArgument,
-                             ("losa.FormatError: SparseMatMulFp32 weight: " + message).c_str());
+                             ("losa.FormatError: SparseMatMulFp32 node '" + node + "': " + message).c_str());
+}
+
+std::string node_name(const Calls& calls, const ort::KernelInfo* info) {
+  size_t size = 0;
+  Status* status = calls.node_name(info, nullptr, &size);
+  std::string name(size, '\0');
+  if (status == nullptr && size != 0) status = calls.node_name(info, &name[0], &size);
+  if (status != nullptr) calls.release(status);
+  return name.c_str();  // without the final zero
 }
 
 /// Shape and element type of a tensor; frees what ONNX Runtime hands out on the way.
@@ -49,18 +59,19 @@ Status* describe_tensor(const Calls& calls, const ort::Value* value, std::vector
 }
 
 /// A constant input's data and element count; its shape must have the right product, not a certain rank.
-Status* constant(const Calls& calls, const ort::KernelInfo* info, size_t index, const void** data, size_t* count) {
+Status* constant(const Calls& calls, const ort::KernelInfo* info, const std::string& node, size_t index,
+                 const void** data, size_t* count) {
   int is_constant = 0;
   const ort::Value* value = nullptr;
   if (Status* status = calls.constant_input(info, index, &is_constant, &value)) return status;
   if (!is_constant || value == nullptr)
-    return format_error(calls, std::string("input '") + kInputNames[index] +
+    return format_error(calls, node, std::string("input '") + kInputNames[index] +
                                    "' is not an initializer; the weight must be constant");
   std::vector<int64_t> dims;
   int type = 0;
   if (Status* status = describe_tensor(calls, value, &dims, &type)) return status;
   if (type != kInputTypes[index])
-    return format_error(calls, std::string("input '") + kInputNames[index] + "' has element type " +
+    return format_error(calls, node, std::string("input '") + kInputNames[index] + "' has element type " +
                                    std::to_string(type) + ", not " + std::to_string(kInputTypes[index]));
   *count = 1;
   for (int64_t dim : dims) *count *= static_cast<size_t>(dim);
@@ -70,26 +81,27 @@ Status* constant(const Calls& calls, const ort::KernelInfo* info, size_t index, 
   return nullptr;
 }
 
-Status* attribute(const Calls& calls, const ort::KernelInfo* info, const char* name, int64_t* value) {
+Status* attribute(const Calls& calls, const ort::KernelInfo* info, const std::string& node, const char* name, int64_t* value) {
   Status* status = calls.attribute(info, name, value);
   if (status == nullptr) return nullptr;
   calls.release(status);
-  return format_error(calls, std::string("attribute '") + name + "' is missing");
+  return format_error(calls, node, std::string("attribute '") + name + "' is missing");
 }
 
 Status* create(const Calls& calls, const ort::KernelInfo* info, void** result) {
+  const std::string node = node_name(calls, info);
   SparseFp32Parts parts{};
-  if (Status* status = attribute(calls, info, "N", &parts.rows)) return status;
-  if (Status* status = attribute(calls, info, "K", &parts.columns)) return status;
+  if (Status* status = attribute(calls, info, node, "N", &parts.rows)) return status;
+  if (Status* status = attribute(calls, info, node, "K", &parts.columns)) return status;
   parts.layout = kLayoutN16;  // the attribute may be left out: 1 is its default
   if (Status* status = calls.attribute(info, "layout", &parts.layout)) {
     calls.release(status);
     parts.layout = kLayoutN16;
   }
   const void *masks = nullptr, *values = nullptr, *offsets = nullptr;
-  if (Status* status = constant(calls, info, 1, &masks, &parts.mask_bytes)) return status;
-  if (Status* status = constant(calls, info, 2, &values, &parts.value_count)) return status;
-  if (Status* status = constant(calls, info, 3, &offsets, &parts.offset_count)) return status;
+  if (Status* status = constant(calls, info, node, 1, &masks, &parts.mask_bytes)) return status;
+  if (Status* status = constant(calls, info, node, 2, &values, &parts.value_count)) return status;
+  if (Status* status = constant(calls, info, node, 3, &offsets, &parts.offset_count)) return status;
   parts.masks = static_cast<const uint8_t*>(masks);
   parts.values = static_cast<const float*>(values);
   parts.block_offsets = static_cast<const int64_t*>(offsets);
@@ -98,8 +110,8 @@ Status* create(const Calls& calls, const ort::KernelInfo* info, void** result) {
   const KernelRow* row = select_row_from_environment(&error);
   if (row == nullptr) return calls.create_status(ort::kFail, ("losa.KernelError: " + error).c_str());
   SparseFp32 weight{};
-  if (!validate(parts, &weight, &error)) return format_error(calls, error);
-  *result = new Kernel{calls, row, weight};
+  if (!validate(parts, &weight, &error)) return format_error(calls, node, error);
+  *result = new Kernel{calls, row, weight, node};
   return nullptr;
 }
 
@@ -122,11 +134,10 @@ Status* compute(const Kernel& kernel, ort::KernelContext* context) {
   int type = 0;
   if (Status* status = describe_tensor(calls, input, &dims, &type)) return status;
   if (dims.empty() || dims.back() != kernel.weight.columns)
-    return calls.create_status(ort::kInvalidArgument,
-                               ("losa.FormatError: SparseMatMulFp32: the last dimension of X is " +
-                                (dims.empty() ? std::string("absent") : std::to_string(dims.back())) +
-                                ", the weight has K = " + std::to_string(kernel.weight.columns))
-                                   .c_str());
+    return format_error(calls, kernel.name,
+                        "the last dimension of X is " +
+                            (dims.empty() ? std::string("absent") : std::to_string(dims.back())) +
+                            ", the weight has K = " + std::to_string(kernel.weight.columns));
   int64_t tokens = 1;
   for (size_t i = 0; i + 1 < dims.size(); ++i) tokens *= dims[i];
   dims.back() = kernel.weight.rows;
@@ -144,6 +155,38 @@ Status* compute(const Kernel& kernel, ort::KernelContext* context) {
   return nullptr;
 }
 
+/// The operator, and the table for the one callback that ONNX Runtime gives none.
+struct Op : ort::CustomOp {
+  const ort::Api* api;
+};
+
+/// Y has the shape of X with N as its last dimension, which lets ONNX Runtime plan memory.
+Status* infer_shape(const Calls& calls, ort::ShapeInferContext* context) {
+  const ort::OpAttribute* attribute = nullptr;
+  if (Status* status = calls.attribute(context, "N", &attribute)) return status;
+  int64_t rows = 0;
+  if (Status* status = calls.read(attribute, &rows)) return status;
+  ort::TensorInfo* input = nullptr;
+  if (Status* status = calls.input_info(context, 0, &input)) return status;
+  size_t rank = 0;
+  if (Status* status = calls.rank(input, &rank)) return status;
+  if (rank == 0) return nullptr;  // a scalar is refused when it arrives; an unknown shape stays unknown
+  std::vector<int64_t> dims(rank);
+  std::vector<const char*> names(rank);
+  if (Status* status = calls.dims(input, dims.data(), rank)) return status;
+  if (Status* status = calls.dim_names(input, names.data(), rank)) return status;
+  dims.back() = rows;
+  names.back() = "";
+  ort::TensorInfo* output = nullptr;
+  if (Status* status = calls.create_tensor_info(&output)) return status;
+  Status* status = calls.set_element_type(output, ort::kFloat);
+  if (status == nullptr) status = calls.set_dims(output, dims.data(), rank);
+  if (status == nullptr) status = calls.set_dim_names(output, names.data(), rank);
+  if (status == nullptr) status = calls.set_output_info(context, 0, output);
+  calls.release(output);
+  return status;
+}
+
 /// Runs `body`, turning what it throws (only memory can run out) into a status.
 template <class Body>
 Status* guarded(const Calls& calls, Body body) noexcept {
@@ -154,9 +197,10 @@ Status* guarded(const Calls& calls, Body body) noexcept {
   }
 }
 
-ort::CustomOp make_op() {
+Op make_op(const ort::Api* api) {
   using ort::CustomOp;
-  CustomOp op{};
+  Op op{};
+  op.api = api;
   op.version = ort::kApiVersion;
   op.GetName = [](const CustomOp*) { return "SparseMatMulFp32"; };
   op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return "CPUExecutionProvider"; };
@@ -182,12 +226,17 @@ ort::CustomOp make_op() {
     return guarded(kernel.calls, [&] { return compute(kernel, context); });
   };
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.InferOutputShapeFn = [](const CustomOp* self, ort::ShapeInferContext* context) {
+    const Calls calls(static_cast<const Op*>(self)->api);
+    return guarded(calls, [&] { return infer_shape(calls, context); });
+  };
   return op;
 }
 
 /// The one domain of this process: sessions borrow it, so it is kept until the library is unloaded.
-Status* shared_domain(const Calls& calls, ort::CustomOpDomain** domain) {
-  static const ort::CustomOp op = make_op();
+Status* shared_domain(const ort::Api* api, ort::CustomOpDomain** domain) {
+  const Calls calls(api);
+  static const Op op = make_op(api);
   static std::mutex mutex;
   static ort::CustomOpDomain* made = nullptr;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -217,7 +266,7 @@ extern "C" LOSA_EXPORT losa::ort::Status* RegisterCustomOps(losa::ort::SessionOp
   const losa::ort::Calls calls(api);
   return losa::guarded(calls, [&]() -> losa::ort::Status* {
     losa::ort::CustomOpDomain* domain = nullptr;
-    if (losa::ort::Status* status = losa::shared_domain(calls, &domain)) return status;
+    if (losa::ort::Status* status = losa::shared_domain(api, &domain)) return status;
     return calls.add_domain(options, domain);
   });
 }

@@ -5,8 +5,8 @@
 namespace losa {
 namespace {
 
-// 2^40 rows or columns are no weight; the bound keeps every product below within int64.
-constexpr int64_t kMaxSide = int64_t{1} << 31;
+// No weight is wider; the bound keeps every product below within int64.
+constexpr int64_t kMaxSide = int64_t{1} << 30;
 
 bool fail(std::string* error, const std::string& message) {
   *error = message;
@@ -14,13 +14,6 @@ bool fail(std::string* error, const std::string& message) {
 }
 
 std::string number(int64_t value) { return std::to_string(value); }
-
-// Offsets may lie unaligned in a mapped file.
-int64_t offset_at(const int64_t* offsets, int64_t index) {
-  int64_t value;
-  std::memcpy(&value, reinterpret_cast<const char*>(offsets) + index * sizeof value, sizeof value);
-  return value;
-}
 
 int64_t kept_in(const uint8_t* mask, int64_t bytes) {
   int64_t kept = 0;
@@ -51,14 +44,14 @@ bool validate(const SparseFp32Parts& parts, SparseFp32* weight, std::string* err
                            " blocks need " + number(blocks + 1));
   if (parts.masks == nullptr || parts.values == nullptr || parts.block_offsets == nullptr)
     return fail(error, "mask, values or block_offsets has no data");
-  if (offset_at(parts.block_offsets, 0) != 0)
-    return fail(error, "block_offsets starts at " + number(offset_at(parts.block_offsets, 0)) + ", not at 0");
+  const SparseFp32 candidate{parts.rows, parts.columns, parts.masks, parts.values, parts.block_offsets};
+  if (candidate.offset(0) != 0)
+    return fail(error, "block_offsets starts at " + number(candidate.offset(0)) + ", not at 0");
 
   int64_t expected = 0;
   for (int64_t block = 0; block < blocks; ++block) {
-    const uint8_t* mask = parts.masks + block * parts.columns * 2;
-    expected += kept_in(mask, parts.columns * 2);
-    const int64_t stored = offset_at(parts.block_offsets, block + 1);
+    expected += kept_in(candidate.block_masks(block), parts.columns * 2);
+    const int64_t stored = candidate.offset(block + 1);
     if (stored != expected)
       return fail(error, "block_offsets[" + number(block + 1) + "] is " + number(stored) +
                              ", the mask of the blocks before it keeps " + number(expected) + " values");
@@ -68,12 +61,12 @@ bool validate(const SparseFp32Parts& parts, SparseFp32* weight, std::string* err
                            " and " + number(kValuePadding) + " of padding must follow");
   const int64_t rows_in_last = parts.rows - (blocks - 1) * kBlockRows;
   const unsigned absent = 0xffffu << rows_in_last & 0xffffu;
-  const uint8_t* last = parts.masks + (blocks - 1) * parts.columns * 2;
+  const uint8_t* last = candidate.block_masks(blocks - 1);
   for (int64_t k = 0; absent != 0 && k < parts.columns; ++k) {
     if ((last[2 * k] | last[2 * k + 1] << 8) & absent)
       return fail(error, "mask keeps a weight of column " + number(k) + " in a row beyond N = " + number(parts.rows));
   }
-  *weight = {parts.rows, parts.columns, parts.masks, parts.values, parts.block_offsets};
+  *weight = candidate;
   return true;
 }
 

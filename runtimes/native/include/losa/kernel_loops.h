@@ -10,51 +10,13 @@
 //   multiply_add(a, b, c)        a * b + c, rounded once
 //   add(a, b)
 //   expand(values, bits)         lane i = bits >> i & 1 ? the next of `values` : 0
+//   transpose8(from, from_stride, to, to_stride)    to[j, i] = from[i, j] for i, j < 8
 //   row_masks(masks, rows)       16 bits a column, 64 columns -> 64 bits a row, 16 rows (if it skips)
-// and includes this file from an anonymous namespace: files compiled for different processors must not
-// share a function, or the linker keeps either of them. For the same reason nothing here calls the
-// standard library.
-
-#define LOSA_INLINE inline __attribute__((always_inline))
+// and includes this file inside an anonymous namespace, for the reason given at LOSA_INLINE. That is also
+// why nothing here calls the standard library.
 
 constexpr int64_t kTileColumns = 64;  // of K: one 64-bit mask a row; 16 KiB of activations at 64 tokens
 constexpr int64_t kMaxBlocks = 8;     // a task's blocks share one tile of activations
-
-/// to[j * to_stride + i] = from[i * from_stride + j] for i, j < 8.
-LOSA_INLINE static void transpose8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  typedef float Float8 __attribute__((vector_size(32)));
-  Float8 a[8], b[8];
-  for (int i = 0; i < 8; ++i) __builtin_memcpy(&a[i], from + i * from_stride, sizeof a[i]);
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    for (int j = 0; j < 2; ++j) {
-      a[i + 2 * j] = __builtin_shufflevector(b[i + j], b[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      a[i + 2 * j + 1] = __builtin_shufflevector(b[i + j], b[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-  }
-  for (int i = 0; i < 4; ++i) {
-    b[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    b[i + 4] = __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-  for (int i = 0; i < 8; ++i) __builtin_memcpy(to + i * to_stride, &b[i], sizeof b[i]);
-}
-
-/// Token-major activations to column-major, one tile, padded with zero tokens (token_tiles.h).
-static void pack_tile(const float* x, int64_t tokens, int64_t columns, int64_t index, float* packed) {
-  const losa::TokenTile tile = losa::token_tile(tokens, index);
-  const float* from = x + tile.first * columns;
-  float* to = packed + tile.first * columns;
-  for (int64_t t = 0; t < tile.width; t += 8) {
-    int64_t k = 0;
-    if (t + 8 <= tile.tokens)
-      for (; k + 8 <= columns; k += 8) transpose8(from + t * columns + k, columns, to + k * tile.width + t, tile.width);
-    for (; k < columns; ++k)
-      for (int64_t i = t; i < t + 8; ++i) to[k * tile.width + i] = i < tile.tokens ? from[i * columns + k] : 0.0f;
-  }
-}
 
 template <class V>
 struct Loops {
@@ -79,8 +41,8 @@ struct Loops {
   template <int Tokens, int Sums>
   static void decode_tokens(const losa::SparseFp32& w, int64_t block, const float* x, float* y) {
     const int64_t columns = w.columns;
-    const uint8_t* mask = w.masks + block * columns * 2;
-    const float* values = w.values + w.block_offsets[block];
+    const uint8_t* mask = w.block_masks(block);
+    const float* values = w.block_values(block);
     Vector sums[Tokens][Sums][kParts];
     for (int t = 0; t < Tokens; ++t)
       for (int s = 0; s < Sums; ++s)
@@ -155,20 +117,48 @@ struct Loops {
 
   // ---- many tokens: a tile of weights is expanded to L1 and meets a packed tile of activations
 
+  /// Token-major activations to column-major, one tile, padded with zero tokens (token_tiles.h).
+  static void pack(const float* x, int64_t tokens, int64_t columns, int64_t index, float* packed) {
+    const losa::TokenTile tile = losa::token_tile(tokens, index);
+    const float* from = x + tile.first * columns;
+    float* to = packed + tile.first * columns;
+    for (int64_t first = 0; first < columns; first += kTileColumns) {  // what is written stays in L1
+      const int64_t last = first + kTileColumns < columns ? first + kTileColumns : columns;
+      for (int64_t t = 0; t < tile.width; t += 8) {
+        int64_t k = first;
+        if (t + 8 <= tile.tokens)
+          for (; k + 8 <= last; k += 8) V::transpose8(from + t * columns + k, columns, to + k * tile.width + t, tile.width);
+        for (; k < last; ++k)
+          for (int64_t i = t; i < t + 8; ++i) to[k * tile.width + i] = i < tile.tokens ? from[i * columns + k] : 0.0f;
+      }
+    }
+  }
+
   /// A tile of one block's weights, [column][row], and which of them are kept.
   struct WeightTile {
     float weights[kTileColumns * losa::kBlockRows];
     uint64_t kept[losa::kBlockRows];  // bit k: column k of the tile; filled if zeros are skipped
   };
 
+  LOSA_INLINE static void store_column(unsigned kept, const float*& values, float* to) {
+    Vector column[kParts];
+    expand_column(kept, values, column);
+    for (int part = 0; part < kParts; ++part) V::store(to + part * V::kLanes, column[part]);
+  }
+
   LOSA_INLINE static void expand_tile(const uint8_t* masks, int64_t columns, const float*& values, bool skip,
                                       WeightTile* tile) {
-    for (int64_t k = 0; k < columns; ++k) {
-      Vector column[kParts];
-      expand_column(masks[2 * k] | static_cast<unsigned>(masks[2 * k + 1]) << 8, values, column);
-      for (int part = 0; part < kParts; ++part)
-        V::store(tile->weights + k * losa::kBlockRows + part * V::kLanes, column[part]);
+    int64_t k = 0;
+    for (; k + 4 <= columns; k += 4) {
+      uint64_t kept;
+      __builtin_memcpy(&kept, masks + 2 * k, sizeof kept);
+#pragma GCC unroll 4
+      for (int step = 0; step < 4; ++step)
+        store_column(static_cast<unsigned>(kept >> (16 * step)) & 0xffff, values, tile->weights + (k + step) * losa::kBlockRows);
     }
+    for (; k < columns; ++k)
+      store_column(masks[2 * k] | static_cast<unsigned>(masks[2 * k + 1]) << 8, values,
+                   tile->weights + k * losa::kBlockRows);
     if constexpr (V::kSkipDensity > 0) {
       if (!skip) return;
       uint8_t padded[2 * kTileColumns] = {};
@@ -255,7 +245,7 @@ struct Loops {
     if (rows >= losa::kBlockRows) {
       for (; token + 8 <= tile.tokens; token += 8)
         for (int half = 0; half < losa::kBlockRows; half += 8)
-          transpose8(sums + half * tile.width + token, tile.width, y + token * stride + half, stride);
+          V::transpose8(sums + half * tile.width + token, tile.width, y + token * stride + half, stride);
       rows = losa::kBlockRows;
     }
     for (; token < tile.tokens; ++token)
@@ -281,13 +271,13 @@ struct Loops {
       const int64_t left = blocks.last - first;
       const int64_t count = left < kMaxBlocks ? left : kMaxBlocks;
       for (int64_t b = 0; b < count; ++b) {
-        values[b] = w.values + w.block_offsets[first + b];
+        values[b] = w.block_values(first + b);
         __builtin_memset(sums[b], 0, static_cast<size_t>(losa::kBlockRows * padded_tokens) * sizeof(float));
       }
       for (int64_t k = 0; k < w.columns; k += kTileColumns) {
         const int64_t columns = w.columns - k < kTileColumns ? w.columns - k : kTileColumns;
         for (int64_t b = 0; b < count; ++b)
-          expand_tile(w.masks + ((first + b) * w.columns + k) * 2, columns, values[b], skip, &weights[b]);
+          expand_tile(w.block_masks(first + b) + 2 * k, columns, values[b], skip, &weights[b]);
         for (int64_t i = 0; i < tiles; ++i) {
           const losa::TokenTile tile = losa::token_tile(tokens, i);
           const float* x = packed + tile.first * w.columns + k * tile.width;

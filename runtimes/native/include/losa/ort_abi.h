@@ -21,9 +21,10 @@ struct KernelInfo;
 struct KernelContext;
 struct TensorInfo;
 struct ShapeInferContext;
+struct OpAttribute;
 
 struct Api {
-  void* slots[285];  // the size of the table in version 17 is not smaller
+  void* slots[276];  // the table of version 17; newer ones are longer
 };
 struct ApiBase {
   const Api* (*GetApi)(uint32_t version);
@@ -33,6 +34,7 @@ struct ApiBase {
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kInvalidGraph = 10 };
 enum ElementType : int { kFloat = 1, kUint8 = 2, kInt64 = 7 };
 enum InputOutputCharacteristic : int { kRequired = 0 };
+enum AttributeType : int { kInt = 1 };
 
 /// OrtCustomOp as of version 17.
 struct CustomOp {
@@ -83,6 +85,10 @@ class Calls {
   Status* attribute(const KernelInfo* info, const char* name, int64_t* value) const {
     return call<86, Status*>(info, name, value);
   }
+  /// Writes at most *size bytes with a final zero; a null `text` asks for the size.
+  Status* node_name(const KernelInfo* info, char* text, size_t* size) const {
+    return call<244, Status*>(info, text, size);
+  }
   /// `value` belongs to the session and lives as long as its kernels: not released here.
   Status* constant_input(const KernelInfo* info, size_t index, int* is_constant, const Value** value) const {
     return call<249, Status*>(info, index, is_constant, value);
@@ -112,6 +118,38 @@ class Calls {
   Status* rank(const TensorInfo* info, size_t* rank) const { return call<61, Status*>(info, rank); }
   Status* dims(const TensorInfo* info, int64_t* dims, size_t rank) const {
     return call<62, Status*>(info, dims, rank);
+  }
+  /// Names of unknown dimensions, empty for known ones; they live as long as `info`.
+  Status* dim_names(const TensorInfo* info, const char** names, size_t rank) const {
+    return call<63, Status*>(info, names, rank);
+  }
+
+  /// The caller releases `info`.
+  Status* create_tensor_info(TensorInfo** info) const { return call<57, Status*>(info); }
+  Status* set_element_type(TensorInfo* info, ElementType type) const {
+    return call<58, Status*>(info, static_cast<int>(type));
+  }
+  Status* set_dims(TensorInfo* info, const int64_t* dims, size_t rank) const {
+    return call<59, Status*>(info, dims, rank);
+  }
+  Status* set_dim_names(TensorInfo* info, const char** names, size_t rank) const {
+    return call<271, Status*>(info, names, rank);
+  }
+  /// `info` belongs to the context.
+  Status* input_info(const ShapeInferContext* context, size_t index, TensorInfo** info) const {
+    return call<268, Status*>(context, index, info);
+  }
+  /// `value` belongs to the context.
+  Status* attribute(const ShapeInferContext* context, const char* name, const OpAttribute** value) const {
+    return call<269, Status*>(context, name, value);
+  }
+  Status* read(const OpAttribute* attribute, int64_t* value) const {
+    size_t size = 0;
+    return call<272, Status*>(attribute, static_cast<int>(kInt), static_cast<void*>(value), sizeof *value, &size);
+  }
+  /// Copies `info`.
+  Status* set_output_info(const ShapeInferContext* context, size_t index, const TensorInfo* info) const {
+    return call<270, Status*>(context, index, info);
   }
 
  private:

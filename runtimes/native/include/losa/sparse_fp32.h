@@ -3,6 +3,10 @@
 #include <cstddef>
 #include <cstdint>
 
+/// Files compiled for different instruction sets must not share a function, or the linker keeps either of
+/// them; so whatever a kernel file uses from a header is inlined without exception.
+#define LOSA_INLINE inline __attribute__((always_inline))
+
 namespace losa {
 
 constexpr int64_t kBlockRows = 16;      // output rows that share one mask word per column
@@ -13,7 +17,7 @@ constexpr int64_t kLayoutN16 = 1;
 ///
 /// For block b and column k, bit r of `masks[(b * columns + k) * 2 + r / 8] >> (r % 8)` says whether
 /// W[16 b + r, k] is kept. Kept values follow each other in the order block, column, row.
-/// No pointer need be aligned.
+/// No pointer need be aligned, not even to its own type: the parts may lie anywhere in a mapped file.
 struct SparseFp32 {
   int64_t rows;                  // N, output features
   int64_t columns;               // K, input features
@@ -21,9 +25,18 @@ struct SparseFp32 {
   const float* values;           // [kept + kValuePadding]
   const int64_t* block_offsets;  // [blocks + 1], index into values; the last is `kept`
 
-  int64_t blocks() const { return (rows + kBlockRows - 1) / kBlockRows; }
-  double density() const {
-    return static_cast<double>(block_offsets[blocks()]) / (static_cast<double>(rows) * columns);
+  LOSA_INLINE int64_t blocks() const { return (rows + kBlockRows - 1) / kBlockRows; }
+  LOSA_INLINE int64_t offset(int64_t block) const {
+    int64_t value;
+    __builtin_memcpy(&value, reinterpret_cast<const char*>(block_offsets) + block * 8, sizeof value);
+    return value;
+  }
+  LOSA_INLINE const float* block_values(int64_t block) const {
+    return reinterpret_cast<const float*>(reinterpret_cast<const char*>(values) + offset(block) * 4);
+  }
+  LOSA_INLINE const uint8_t* block_masks(int64_t block) const { return masks + block * columns * 2; }
+  LOSA_INLINE double density() const {
+    return static_cast<double>(offset(blocks())) / (static_cast<double>(rows) * static_cast<double>(columns));
   }
 };
 

@@ -1,9 +1,8 @@
 // How prefill cuts its tokens into tiles, and where each tile lies in the packed activations.
-//
-// Everything here is `static`: files compiled for different instruction sets must not share code, or
-// the linker could hand the scalar path a function that was compiled with AVX.
 #pragma once
 #include <cstdint>
+
+#include "losa/sparse_fp32.h"
 
 namespace losa {
 
@@ -19,9 +18,9 @@ struct TokenTile {
   int64_t tokens;  // real tokens, <= width
 };
 
-static inline int64_t token_tile_count(int64_t tokens) { return (tokens + kTileTokens - 1) / kTileTokens; }
+LOSA_INLINE int64_t token_tile_count(int64_t tokens) { return (tokens + kTileTokens - 1) / kTileTokens; }
 
-static inline TokenTile token_tile(int64_t tokens, int64_t index) {
+LOSA_INLINE TokenTile token_tile(int64_t tokens, int64_t index) {
   const int64_t tiles = token_tile_count(tokens);
   const int64_t steps = (tokens + kTokenStep - 1) / kTokenStep;
   const int64_t base = steps / tiles, wider = steps % tiles;
@@ -33,7 +32,7 @@ static inline TokenTile token_tile(int64_t tokens, int64_t index) {
 }
 
 /// Floats of the packed copy: [tile][columns][width], tokens padded with zeros.
-static inline int64_t packed_floats(int64_t tokens, int64_t columns) {
+LOSA_INLINE int64_t packed_floats(int64_t tokens, int64_t columns) {
   return (tokens + kTokenStep - 1) / kTokenStep * kTokenStep * columns;
 }
 
