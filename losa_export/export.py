@@ -152,8 +152,12 @@ def check_tensors(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
 
 def _require_packages() -> None:
     for package in ("onnx", "onnx_ir"):
-        if importlib.util.find_spec(package) is None:
+        if not _installed(package):
             raise MissingDependencyError.for_extra(package.replace("_", "-"), "export", "exporting to ONNX")
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _write_model(config: ExportConfig, checkpoint: Checkpoint, spec: DecoderSpec, folder: Path) -> dict[str, Any]:
@@ -233,7 +237,7 @@ def _reference_source(config: ExportConfig) -> Literal["torch", "stored"]:
     """
     from losa_export.reference import REFERENCE_FILE
 
-    if all(importlib.util.find_spec(package) is not None for package in ("torch", "transformers")):
+    if _installed("torch") and _installed("transformers"):
         return "torch"
     if (config.source / REFERENCE_FILE).is_file():
         return "stored"

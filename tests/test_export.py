@@ -1,0 +1,496 @@
+"""Export end to end: what is written, what is refused, and that nothing half-written stays."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import tracemalloc
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from losa_export import export as export_module
+from losa_export.checkpoint import open_checkpoint
+from losa_export.errors import (
+    CheckpointError,
+    ConfigError,
+    GateError,
+    InputError,
+    KernelError,
+    LosaError,
+    MaskError,
+    MissingDependencyError,
+    OutputError,
+    UnsupportedArchitectureError,
+)
+from losa_export.export import ExportConfig, export
+from losa_export.files import sha256_of
+from losa_export.graph.external import ExternalDataWriter, check_external_data
+from losa_export.graph.formats import FORMATS, EncodedWeight
+from losa_export.masks import digest, save_masks
+from losa_export.reference import Reference, compute_reference, save_reference
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+def quick(source: Path, output: Path, **changes: Any) -> ExportConfig:
+    return ExportConfig(**{"source": source, "output": output, "gate": False, "progress": False} | changes)
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads((folder / "export.json").read_text())
+    return parsed
+
+
+@pytest.fixture
+def dense(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A dense checkpoint that a test may spoil."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "dense"))
+
+
+def prune(folder: Path, *, with_masks: bool = True, density: float = 0.3) -> dict[str, np.ndarray]:
+    """Prune all block linears of a checkpoint in place, with a few kept zeros; returns the masks."""
+    tensors = load_file(folder / "model.safetensors")
+    generator = np.random.default_rng(5)
+    masks = {}
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight"):
+            keep = generator.random(tensor.shape) < density
+            tensor[~keep] = 0.0
+            if with_masks:
+                tensor[np.nonzero(keep)[0][:3], np.nonzero(keep)[1][:3]] = 0.0
+            masks[name] = keep
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if with_masks:
+        save_masks(folder / "masks.safetensors", masks, {})
+        entries = {name: {"mask_sha256": digest(keep)} for name, keep in masks.items()}
+        (folder / "sparsity.json").write_text(json.dumps({"tensors": entries}))
+    return masks
+
+
+@pytest.fixture
+def sparse(dense: Path, tmp_path: Path) -> Path:
+    """A checkpoint pruned to 70 %, with masks and record, that a test may spoil."""
+    folder = dense.rename(tmp_path / "sparse")
+    prune(folder)
+    return folder
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Iterator[Callable[..., LosaError]]:
+    """Runs an export that must fail, and checks that it left nothing."""
+
+    def run(kind: type[LosaError], message: str, config: ExportConfig) -> LosaError:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(kind, match=message) as caught:
+            export(config)
+        assert sorted(tmp_path.rglob("*")) == before
+        return caught.value
+
+    return run
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+
+def test_a_dense_checkpoint_becomes_a_dense_folder_with_all_its_parts(dense: Path, tmp_path: Path) -> None:
+    report = export(quick(dense, tmp_path / "onnx"))
+    assert {path.name for path in (tmp_path / "onnx").iterdir()} == {
+        "model.onnx",
+        "model.onnx.data",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "genai_config.json",
+        "export.json",
+    }
+    assert (report.weights, report.values, report.gate) == ("dense", None, None)
+    assert "dense, profile ort" in str(report)
+    assert "gate: not run" in str(report)
+
+
+def test_a_sparse_checkpoint_becomes_sparse_by_default_and_keeps_its_pattern(sparse: Path, tmp_path: Path) -> None:
+    masks = load_masks_of(sparse)
+    report = export(quick(sparse, tmp_path / "onnx"))
+    record = manifest(tmp_path / "onnx")
+    assert report.weights == record["weights"] == "sparse"
+    assert record["mask_source"] == "masks.safetensors"
+    assert {name: entry["mask_sha256"] for name, entry in record["tensors"].items()} == {
+        name: digest(keep) for name, keep in masks.items()
+    }
+    assert report.sparsity_fraction == pytest.approx(1 - np.mean(np.concatenate([m.ravel() for m in masks.values()])))
+    assert report.model_bytes < 0.7 * report.dense_bytes
+    assert "70.0% zeros" in str(report) or "69.9% zeros" in str(report) or "70.1% zeros" in str(report)
+
+
+def load_masks_of(folder: Path) -> dict[str, np.ndarray]:
+    from losa_export.masks import load_masks
+
+    return load_masks(folder / "masks.safetensors").read_all()
+
+
+def test_the_written_weights_decode_to_the_checkpoint_bit_for_bit(sparse: Path, tmp_path: Path) -> None:
+    export(quick(sparse, tmp_path / "onnx"))
+    opened, masks, source = check_external_data(tmp_path / "onnx"), load_masks_of(sparse), open_checkpoint(sparse)
+    nodes = [node for node in opened.proto.graph.node if node.domain == "losa.sparse"]
+    assert len(nodes) == len(masks) == 14
+    for node in nodes:
+        tensors = {name.rpartition(".")[2]: opened.read(name) for name in node.input[1:]}
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        weight, keep = FORMATS["fp32"].decode(EncodedWeight(tensors, attributes))
+        name = node.input[1].removesuffix(".mask")
+        assert np.array_equal(weight, source.read(name))
+        assert np.array_equal(keep, masks[name])
+        assert np.count_nonzero(weight) < np.count_nonzero(keep)  # the kept zeros are there
+
+
+def test_zeros_without_stored_masks_are_read_off_the_weights(dense: Path, tmp_path: Path) -> None:
+    masks = prune(dense, with_masks=False)
+    export(quick(dense, tmp_path / "onnx"))
+    record = manifest(tmp_path / "onnx")
+    assert record["mask_source"] == "nonzero"
+    assert record["tensors"][Q_PROJ]["mask_sha256"] == digest(masks[Q_PROJ])
+
+
+def test_few_zeros_do_not_make_a_checkpoint_sparse(dense: Path, tmp_path: Path) -> None:
+    prune(dense, with_masks=False, density=0.9)
+    assert export(quick(dense, tmp_path / "onnx")).weights == "dense"
+    assert manifest(tmp_path / "onnx")["mask_source"] == "none"
+
+
+def test_dense_weights_of_a_sparse_checkpoint_answer_the_same(sparse: Path, tmp_path: Path) -> None:
+    report = export(quick(sparse, tmp_path / "dense-onnx", weights="dense"))
+    assert report.weights == "dense"
+    export(quick(sparse, tmp_path / "sparse-onnx"))
+    tokens = [greedy(tmp_path / name, "ort-stock") for name in ("dense-onnx", "sparse-onnx")]
+    assert tokens[0] == tokens[1]
+
+
+def test_our_kernels_and_the_stock_engine_give_the_same_tokens_from_one_file(sparse: Path, tmp_path: Path) -> None:
+    from losa_export.runtimes import native
+
+    try:
+        native.library_path()
+    except KernelError as error:
+        pytest.skip(f"needs the compiled kernels: {error}")
+    export(quick(sparse, tmp_path / "onnx"))
+    assert greedy(tmp_path / "onnx", "ort") == greedy(tmp_path / "onnx", "ort-stock")
+
+
+def greedy(folder: Path, name: Any, count: int = 24) -> list[int]:
+    from losa_export.runtimes.loader import load_runtime
+
+    runtime = load_runtime(name, folder, threads=1)
+    state = runtime.new_state(1, 64)
+    logits = runtime.prefill(state, 0, np.array([5, 6, 7, 8, 9]))[-1]
+    tokens = []
+    for _ in range(count):
+        tokens.append(int(logits.argmax()))
+        logits = runtime.decode(state, np.array(tokens[-1:]))[0]
+    runtime.close()
+    return tokens
+
+
+def test_genai_opens_the_dense_folder_and_continues_with_the_same_tokens(dense: Path, tmp_path: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai", reason="needs the 'bench' extra")
+    (dense / "generation_config.json").write_text(json.dumps({"eos_token_id": 3}))
+    export(quick(dense, tmp_path / "onnx"))
+    model = genai.Model(str(tmp_path / "onnx"))
+    settings = genai.GeneratorParams(model)
+    settings.set_search_options(max_length=5 + 24, do_sample=False)
+    generator = genai.Generator(model, settings)
+    generator.append_tokens(np.array([[5, 6, 7, 8, 9]], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    expected = greedy(tmp_path / "onnx", "ort-stock")
+    assert 3 not in expected  # else genai would have stopped there
+    assert [int(token) for token in generator.get_sequence(0)][5:] == expected
+
+
+def test_the_manifest_lists_every_file_with_its_hash(sparse: Path, tmp_path: Path) -> None:
+    export(quick(sparse, tmp_path / "onnx"))
+    record = manifest(tmp_path / "onnx")
+    others = {path.name for path in (tmp_path / "onnx").iterdir()} - {"export.json"}
+    assert set(record["files"]) == others
+    for name, entry in record["files"].items():
+        assert entry["sha256"] == sha256_of(tmp_path / "onnx" / name)
+    assert record["source"]["weights_sha256"] == open_checkpoint(sparse).weights_sha256()
+    assert record["gate"] is None
+    assert "decodes each sparse weight once at load" in record["notes"][0]
+    assert str(tmp_path) not in json.dumps(record)
+
+
+def test_two_exports_of_one_checkpoint_are_the_same_bytes(sparse: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        export(quick(sparse, tmp_path / name))
+    assert manifest(tmp_path / "first") == manifest(tmp_path / "second")
+
+
+def test_an_untied_head_is_exported(tmp_path: Path, dense: Path) -> None:
+    tensors = load_file(dense / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][::-1].copy()
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    change_config(dense, tie_word_embeddings=False)
+    export(quick(dense, tmp_path / "onnx"))
+    assert "lm_head.weight" in check_external_data(tmp_path / "onnx").tensors
+
+
+def test_overwrite_replaces_a_former_export(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "old").write_text("old")
+    export(quick(dense, tmp_path / "onnx", overwrite=True))
+    assert not (tmp_path / "onnx" / "old").exists()
+    assert (tmp_path / "onnx" / "model.onnx").exists()
+
+
+def test_the_memory_of_building_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
+    sizes, peaks = [], []
+    for blocks in (1, 4, 12):  # the first one pays for imports
+        source = tmp_path / f"deep{blocks}"
+        write_deep_checkpoint(source, blocks)
+        sizes.append((source / "model.safetensors").stat().st_size)
+        tracemalloc.start()
+        export(quick(source, tmp_path / f"onnx{blocks}"))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # nodes and names do grow, by some 70 kilobytes a block; its weights are 2.6 MB
+    assert peaks[2] - peaks[1] < 0.1 * (sizes[2] - sizes[1])
+
+
+def write_deep_checkpoint(folder: Path, blocks: int) -> None:
+    from losa_export.architecture import DecoderSpec, tensor_shapes
+
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 8,
+        "vocab_size": 64,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
+    folder.mkdir()
+    shapes = tensor_shapes(DecoderSpec.from_config(config, folder))
+    generator = np.random.default_rng(0)
+    tensors = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+# ---- the gate -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_checkpoint: Path) -> Reference:
+    pytest.importorskip("transformers", reason="needs the 'train' extra")
+    return compute_reference(tiny_checkpoint)
+
+
+@pytest.fixture
+def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = export_module._installed
+    monkeypatch.setattr(export_module, "_installed", lambda package: package != "torch" and installed(package))
+
+
+@pytest.mark.parametrize("profile", ["ort", "standard"])
+@pytest.mark.usefixtures("without_torch")
+def test_the_gate_takes_the_stored_reference_where_torch_is_missing(
+    profile: Any, dense: Path, reference: Reference, tmp_path: Path
+) -> None:
+    save_reference(dense / "reference.safetensors", reference)
+    report = export(quick(dense, tmp_path / "onnx", gate=True, profile=profile))
+    figures = manifest(tmp_path / "onnx")["gate"]
+    assert figures["reference"] == "stored"
+    assert figures["runtime"] == "ort-stock"
+    assert figures["prefill"]["argmax_agreement"] == figures["decode"]["argmax_agreement"] == 1.0
+    assert figures["greedy"] == {"tokens": 96, "equal": 96, "tolerated": []}
+    assert "gate: passed on 'ort-stock'" in str(report)
+    assert "96 of 96 greedy tokens equal" in str(report)
+
+
+def test_the_gate_runs_torch_in_a_process_of_its_own(sparse: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs the 'train' extra")
+    export(quick(sparse, tmp_path / "onnx", gate=True))
+    figures = manifest(tmp_path / "onnx")["gate"]
+    assert figures["reference"] == "torch"
+    assert figures["runtime"] in ("ort", "ort-stock")
+    assert figures["batch3"]["max_relative_error"] < 1e-4
+    assert figures["greedy"]["equal"] == 96
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_a_failing_gate_names_the_output_and_leaves_nothing(
+    dense: Path, reference: Reference, tmp_path: Path, refused: Callable[..., LosaError]
+) -> None:
+    wrong = reference.decode_logits.copy()
+    wrong[1, 2, 7] += 1.0
+    save_reference(dense / "reference.safetensors", replace(reference, decode_logits=wrong))
+    config = quick(dense, tmp_path / "onnx", gate=True)
+    refused(GateError, "the first output that diverges is decode with past of prompt 1, step 2, token 7", config)
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_a_reference_of_other_weights_is_refused(
+    dense: Path, reference: Reference, tmp_path: Path, refused: Callable[..., LosaError]
+) -> None:
+    save_reference(dense / "reference.safetensors", replace(reference, model_id="another"))
+    refused(CheckpointError, "was computed from other weights", quick(dense, tmp_path / "onnx", gate=True))
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_a_gate_without_any_reference_says_how_to_go_on(
+    dense: Path, tmp_path: Path, refused: Callable[..., LosaError]
+) -> None:
+    error = refused(MissingDependencyError, "torch is not installed and", quick(dense, tmp_path / "onnx", gate=True))
+    assert "--no-gate" in str(error)
+    assert "losa-export[train]" in str(error)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"profile": "tensorrt"}, "ExportConfig.profile is 'tensorrt'; choose one of ort, standard"),
+        ({"weights": "half"}, "ExportConfig.weights is 'half'; choose one of auto, sparse, dense"),
+        ({"values": "fp8"}, "ExportConfig.values is 'fp8'; choose one of fp32"),
+    ],
+)
+def test_an_impossible_option_names_its_field(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        quick(Path("in"), Path("out"), **changes)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path, refused: Callable[..., LosaError]) -> None:
+    refused(InputError, "'.*nowhere' does not exist", quick(tmp_path / "nowhere", tmp_path / "onnx"))
+
+
+def test_an_empty_folder_is_named(tmp_path: Path, refused: Callable[..., LosaError]) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(InputError, "'.*empty' is empty", quick(tmp_path / "empty", tmp_path / "onnx"))
+
+
+def test_a_checkpoint_without_config_is_named(dense: Path, tmp_path: Path, refused: Callable[..., LosaError]) -> None:
+    (dense / "config.json").unlink()
+    refused(CheckpointError, "has no config.json", quick(dense, tmp_path / "onnx"))
+
+
+def test_truncated_weights_are_named(dense: Path, tmp_path: Path, refused: Callable[..., LosaError]) -> None:
+    data = (dense / "model.safetensors").read_bytes()
+    (dense / "model.safetensors").write_bytes(data[: len(data) // 2])
+    refused(CheckpointError, "model.safetensors' is truncated or damaged", quick(dense, tmp_path / "onnx"))
+
+
+def test_an_unsupported_architecture_is_named_with_the_supported(
+    dense: Path, tmp_path: Path, refused: Callable[..., LosaError]
+) -> None:
+    change_config(dense, architectures=["FalconForCausalLM"])
+    config = quick(dense, tmp_path / "onnx")
+    error = refused(UnsupportedArchitectureError, "'FalconForCausalLM' is not supported", config)
+    assert "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM" in str(error)
+
+
+def test_a_tensor_of_another_shape_is_named(dense: Path, tmp_path: Path, refused: Callable[..., LosaError]) -> None:
+    change_config(dense, intermediate_size=160)
+    message = r"gate_proj.weight' in .* is \(176, 64\), but config.json asks for \(160, 64\)"
+    refused(CheckpointError, message, quick(dense, tmp_path / "onnx"))
+
+
+def test_a_missing_tensor_is_named(dense: Path, tmp_path: Path, refused: Callable[..., LosaError]) -> None:
+    change_config(dense, tie_word_embeddings=False)
+    refused(CheckpointError, "has no tensor 'lm_head.weight'", quick(dense, tmp_path / "onnx"))
+
+
+def test_an_output_with_something_in_it_needs_overwrite(
+    dense: Path, tmp_path: Path, refused: Callable[..., LosaError]
+) -> None:
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "mine").write_text("mine")
+    refused(OutputError, "is not empty; add --overwrite", quick(dense, tmp_path / "onnx"))
+
+
+def test_the_output_may_not_be_the_input(dense: Path, refused: Callable[..., LosaError]) -> None:
+    refused(OutputError, "is the input itself", quick(dense, dense, overwrite=True))
+
+
+def test_a_full_disk_leaves_nothing(
+    dense: Path, tmp_path: Path, refused: Callable[..., LosaError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ExternalDataWriter, "add_transposed", full)
+    refused(OutputError, "no space left while writing", quick(dense, tmp_path / "onnx"))
+
+
+def test_sparse_weights_of_a_dense_checkpoint_are_refused(
+    dense: Path, tmp_path: Path, refused: Callable[..., LosaError]
+) -> None:
+    config = quick(dense, tmp_path / "onnx", weights="sparse")
+    refused(InputError, "no linear of which 30% are zero: prune it with 'losa train' first", config)
+
+
+@pytest.mark.parametrize("weights", ["sparse", "dense"])
+def test_a_weight_that_woke_under_its_mask_is_refused(
+    weights: str, sparse: Path, tmp_path: Path, refused: Callable[..., LosaError]
+) -> None:
+    tensors = load_file(sparse / "model.safetensors")
+    tensors[Q_PROJ][:] = 1.0
+    save_file(tensors, sparse / "model.safetensors", metadata={"format": "pt"})
+    config = quick(sparse, tmp_path / "onnx", weights=weights)
+    refused(MaskError, f"'{Q_PROJ}' is not zero at every position that its mask prunes", config)
+
+
+def test_masks_of_another_shape_are_refused(sparse: Path, tmp_path: Path, refused: Callable[..., LosaError]) -> None:
+    save_masks(sparse / "masks.safetensors", {Q_PROJ: np.ones((32, 64), np.bool_)}, {})
+    message = rf"mask for '{Q_PROJ}' is \(32, 64\), its weight is \(64, 64\)"
+    refused(MaskError, message, quick(sparse, tmp_path / "onnx"))
+
+
+def test_masks_of_other_tensors_are_refused(sparse: Path, tmp_path: Path, refused: Callable[..., LosaError]) -> None:
+    save_masks(sparse / "masks.safetensors", {"model.norm.weight": np.ones((1, 64), np.bool_)}, {})
+    refused(MaskError, "prunes 'model.norm.weight', which is no linear of a block", quick(sparse, tmp_path / "onnx"))
+
+
+def test_masks_that_the_record_does_not_know_are_refused(
+    sparse: Path, tmp_path: Path, refused: Callable[..., LosaError]
+) -> None:
+    masks = load_masks_of(sparse)
+    awake = np.argwhere(~masks[Q_PROJ])[0]
+    masks[Q_PROJ][tuple(awake)] = True
+    save_masks(sparse / "masks.safetensors", masks, {})
+    config = quick(sparse, tmp_path / "onnx")
+    refused(MaskError, f"the zero pattern of '{Q_PROJ}' is not the one that sparsity.json records", config)
+
+
+def test_kept_zeros_are_missed_when_the_masks_are_lost(
+    sparse: Path, tmp_path: Path, refused: Callable[..., LosaError]
+) -> None:
+    (sparse / "masks.safetensors").unlink()
+    refused(MaskError, "masks.safetensors is missing or belongs to", quick(sparse, tmp_path / "onnx"))
+
+
+def test_a_record_without_tensors_is_refused(sparse: Path, tmp_path: Path, refused: Callable[..., LosaError]) -> None:
+    (sparse / "sparsity.json").write_text("{}")
+    refused(MaskError, "has no table 'tensors'", quick(sparse, tmp_path / "onnx"))
+
+
+def test_a_missing_package_names_the_extra(
+    dense: Path, tmp_path: Path, refused: Callable[..., LosaError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "_installed", lambda package: package != "onnx_ir")
+    error = refused(MissingDependencyError, "'onnx-ir', which is not installed", quick(dense, tmp_path / "onnx"))
+    assert "losa-export[export]" in str(error)
