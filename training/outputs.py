@@ -11,6 +11,7 @@ from losa_export.architecture import BLOCK_LINEARS
 from losa_export.files import output_folder, write_text_atomic
 from losa_export.masks import save_masks
 from losa_export.training.model import AdaptedModel
+from losa_export.training.tensors import write_tensors
 
 MASKS_FILE = "masks.safetensors"
 ADAPTER_FOLDER = "adapter"
@@ -37,8 +38,6 @@ def write_adapter(folder: Path, adapted: AdaptedModel, base: Path) -> None:
     PEFT scales by alpha / r, so alpha is s·r for each layer: in general for the commonest rank, and by pattern
     for the others. PEFT knows no masks; loaded there, the update is not masked.
     """
-    from safetensors.torch import save_file
-
     ranks = {name.removesuffix(".weight"): layer.rank for name, layer in adapted.layers.items()}
     scaling = next(iter(adapted.layers.values())).scaling
     common = Counter(ranks.values()).most_common(1)[0][0]
@@ -49,9 +48,7 @@ def write_adapter(folder: Path, adapted: AdaptedModel, base: Path) -> None:
         a, b = layer.active()
         tensors[f"{module}.lora_A.weight"] = a.detach().cpu().contiguous()
         tensors[f"{module}.lora_B.weight"] = b.detach().cpu().contiguous()
-    path = folder / "adapter_model.safetensors"
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from losa_export.errors import StateError
 from losa_export.files import disk_errors
 from losa_export.training.journal import RoundRecord
 from losa_export.training.schedule import RoundPlan
+from losa_export.training.tensors import flush, write_tensors
 
 STATE_FOLDER = "state"
 _CURRENT = "current.safetensors"
@@ -100,46 +100,22 @@ def save_state(run: Path, state: RunState, tensors: Mapping[str, Tensor], finger
     state lies on the disk.
     Raises: OutputError if the disk is full or the folder cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     folder = run / STATE_FOLDER
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "format": _FORMAT,
         "state": state.to_json(),
         "fingerprint": json.dumps(fingerprint, sort_keys=True),
-        "digest": _digest(ready),
     }
+    metadata["digest"] = _digest(ready, metadata)
     partial = folder / _PARTIAL
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(ready, partial, metadata=metadata)
-        except SafetensorError as error:
-            # The writer hides the operating system's error; asking for the space again brings it back.
-            raise _disk_error(error) from error
-        _flush(partial)
+        write_tensors(partial, ready, metadata)
         if (folder / _CURRENT).exists():
             (folder / _CURRENT).replace(folder / _PREVIOUS)
         partial.replace(folder / _CURRENT)
-        _flush(folder)
-
-
-def _disk_error(error: Exception) -> OSError:
-    import errno
-
-    text = str(error)
-    number = errno.ENOSPC if "os error 28" in text or "No space" in text else errno.EIO
-    return OSError(number, text)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(folder)
 
 
 def drop_spare(run: Path) -> None:
@@ -179,15 +155,15 @@ def _read(path: Path) -> SavedState:
         raise ValueError(str(error)) from error
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"format {metadata.get('format')!r}, expected {_FORMAT!r}")
-    if metadata["digest"] != _digest(tensors):
-        raise ValueError("its tensors do not match their digest")
+    if metadata.pop("digest") != _digest(tensors, metadata):
+        raise ValueError("its contents do not match their digest")
     return SavedState(RunState.from_json(metadata["state"]), tensors, json.loads(metadata["fingerprint"]))
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def _digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
+    digest = hashlib.blake2b(json.dumps(texts, sort_keys=True).encode(), digest_size=16)
     for name in sorted(tensors):
-        digest.update(name.encode())
+        digest.update(f"{name}:{tensors[name].dtype}:{tuple(tensors[name].shape)}:".encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

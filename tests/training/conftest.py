@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from losa_export.training.config import TrainConfig
 
@@ -44,5 +45,30 @@ def tiny_config(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> Confi
             "save_every_seconds": 1e9,
         }
         return TrainConfig(**(fields | changes))
+
+    return make
+
+
+@pytest.fixture
+def make_model() -> Callable[..., nn.Module]:
+    """Makes a random frozen model of three blocks of a family ('Llama', 'Qwen2' …); keyword arguments change fields."""
+
+    def make(family: str, **changes: Any) -> nn.Module:
+        import transformers
+
+        shape: dict[str, Any] = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 64,
+            "max_position_embeddings": 64,
+            "attn_implementation": "sdpa",
+        }
+        config = getattr(transformers, f"{family}Config")(**(shape | changes))
+        torch.manual_seed(0)
+        model: nn.Module = getattr(transformers, f"{family}ForCausalLM")(config)
+        return model.eval().requires_grad_(False)
 
     return make

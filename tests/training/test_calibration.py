@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,27 +11,7 @@ from torch import Tensor, nn
 from losa_export.architecture import BLOCK_LINEARS
 from losa_export.training.calibration import capture_block_inputs, input_square_sums, run_block
 
-SHAPE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 50,
-    "max_position_embeddings": 64,
-    "attn_implementation": "sdpa",
-}
-
-
-def make_model(family: str, **changes: Any) -> nn.Module:
-    import transformers
-
-    config = getattr(transformers, f"{family}Config")(**(SHAPE | changes))
-    torch.manual_seed(0)
-    model: nn.Module = getattr(transformers, f"{family}ForCausalLM")(config)
-    return model.eval().requires_grad_(False)
-
-
+ModelMaker = Callable[..., nn.Module]
 MODELS = [
     ("Llama", {}),
     ("Mistral", {"sliding_window": 4, "head_dim": 8}),
@@ -50,7 +31,9 @@ def windows() -> Tensor:
 
 
 @pytest.mark.parametrize(("family", "changes"), MODELS)
-def test_blocks_run_one_by_one_give_the_hidden_states_of_the_model(family: str, changes: dict[str, Any]) -> None:
+def test_blocks_run_one_by_one_give_the_hidden_states_of_the_model(
+    make_model: ModelMaker, family: str, changes: dict[str, Any]
+) -> None:
     model = make_model(family, **changes)
     blocks = blocks_of(model)
     batches = capture_block_inputs(model, blocks, windows(), 2)
@@ -64,14 +47,14 @@ def test_blocks_run_one_by_one_give_the_hidden_states_of_the_model(family: str, 
     torch.testing.assert_close(final, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_capturing_leaves_the_model_as_it_was() -> None:
+def test_capturing_leaves_the_model_as_it_was(make_model: ModelMaker) -> None:
     model = make_model("Llama")
     before = model(input_ids=windows()).logits
     capture_block_inputs(model, blocks_of(model), windows(), 2)
     assert torch.equal(model(input_ids=windows()).logits, before)
 
 
-def test_square_sums_are_those_of_the_inputs_of_each_linear() -> None:
+def test_square_sums_are_those_of_the_inputs_of_each_linear(make_model: ModelMaker) -> None:
     model = make_model("Llama")
     block = blocks_of(model)[0]
     batches = capture_block_inputs(model, blocks_of(model), windows(), 2)
@@ -89,7 +72,7 @@ def test_square_sums_are_those_of_the_inputs_of_each_linear() -> None:
     assert not block.get_submodule("mlp.up_proj")._forward_pre_hooks
 
 
-def test_a_block_that_returns_a_tuple_is_understood() -> None:
+def test_a_block_that_returns_a_tuple_is_understood(make_model: ModelMaker) -> None:
     class Old(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()

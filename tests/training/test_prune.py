@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from torch import nn
 
 from losa_export.training.calibration import capture_block_inputs, input_square_sums, run_block
 from losa_export.training.config import TrainConfig
-from losa_export.training.model import AdaptedModel, load_adapted_model
+from losa_export.training.loop import Tuner, TuningData
+from losa_export.training.model import AdaptedModel, attach_adapters, load_adapted_model
 from losa_export.training.prune import prune_blocks
 from losa_export.training.scores import pruned_per_row, wanda_scores
 
@@ -43,6 +47,26 @@ def test_every_row_of_every_linear_has_exactly_its_count_and_masks_only_shrink(
     # (p − 1/c_min, p]: each row loses at most one position to the floor
     assert 0.7 - 1 / 64 < adapted.sparsity_fraction() <= 0.7
     assert all(torch.equal(bases[name], layer.weight) for name, layer in adapted.layers.items())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+        ("Mistral", {"head_dim": 8}),
+        ("Qwen2", {"tie_word_embeddings": True}),
+        ("Qwen3", {"head_dim": 16, "intermediate_size": 49}),
+    ],
+)
+def test_every_family_is_pruned_and_tuned(
+    make_model: Callable[..., nn.Module], tiny_config: ConfigMaker, family: str, changes: dict[str, Any]
+) -> None:
+    adapted = attach_adapters(make_model(family, **changes), tiny_config(), torch.float32)
+    prune_blocks(adapted, WINDOWS, np.array([0.5, 0.5, 0.5]), batch_size=2)
+    assert 0.5 - 1 / 32 < adapted.sparsity_fraction() <= 0.5
+    tuner = Tuner(adapted, TuningData(WINDOWS.numpy(), 5, 0), tiny_config(), Accelerator(cpu=True))
+    losses = [tuner.step(0, 1e-2) for _ in range(8)]
+    assert losses[-1] < losses[0]
 
 
 def test_scores_come_from_the_folded_weight_and_from_pruned_predecessors(tiny_config: ConfigMaker) -> None:

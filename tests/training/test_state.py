@@ -3,7 +3,6 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -72,11 +71,18 @@ def test_a_state_comes_back_with_every_bit(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("place", [-1, 3, 200])
-def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path, place: int) -> None:
+def test_a_flipped_bit_anywhere_makes_a_state_give_way_to_the_one_before(tmp_path: Path) -> None:
     save(tmp_path, step=1)
     save(tmp_path, step=2)
-    damage(tmp_path / "state" / "current.safetensors", place)
+    current = tmp_path / "state" / "current.safetensors"
+    whole = current.read_bytes()
+    for place in range(0, len(whole), 7):
+        damage(current, place)
+        step = load_state(tmp_path).state.step
+        # Padding and the spelling of the header may flip without changing what it says.
+        assert step == 1 or load_state(tmp_path).state == STATE, place
+        current.write_bytes(whole)
+    damage(current, -1)
     assert load_state(tmp_path).state.step == 1
 
 
@@ -137,20 +143,6 @@ def test_a_full_disk_is_an_output_error_and_keeps_the_last_state(
         save(tmp_path, step=2)
     monkeypatch.undo()
     assert load_state(tmp_path).state.step == 1
-
-
-def test_a_full_disk_inside_the_tensor_writer_is_an_output_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import safetensors.torch
-    from safetensors import SafetensorError
-
-    def full(*_: Any, **__: Any) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OutputError, match="no space left"):
-        save(tmp_path)
 
 
 def test_a_different_start_is_an_error_that_names_what_differs() -> None:
