@@ -31,7 +31,6 @@ BLOCK_LINEARS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
-block_linears = BLOCK_LINEARS
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
