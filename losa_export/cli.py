@@ -357,7 +357,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 def _bench(arguments: argparse.Namespace) -> int:
     from losa_export.eval.bench import BenchConfig, bench
     from losa_export.eval.report import print_bench
+    from losa_export.files import check_output_file
 
+    check_output_file(arguments.json)
     report = bench(
         BenchConfig(
             candidate=arguments.candidate,

@@ -165,6 +165,20 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def check_output_file(path: Path) -> None:
+    """Refuse a file name that could not be written, before the work whose result it shall hold.
+
+    Raises: OutputError for a folder, and for a parent folder that is missing or cannot be written.
+    """
+    if path.is_dir():
+        raise OutputError(f"output '{path}' is a folder; give a file name in it", path=path)
+    parent = path.resolve().parent
+    if not parent.is_dir():
+        raise OutputError(f"output '{path}' cannot be written: there is no folder '{path.parent}'; make it", path=path)
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"output '{path}' cannot be written: permission denied; choose another place", path=path)
+
+
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Write `data` to a temporary name, flush it to the disk, and rename it to `path`."""
     with disk_errors(path):

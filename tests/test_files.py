@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from losa_export.errors import InputError, OutputError, UnsafePathError
-from losa_export.files import input_folder, output_folder, safe_child, sha256_of, write_text_atomic
+from losa_export.files import check_output_file, input_folder, output_folder, safe_child, sha256_of, write_text_atomic
 
 
 def test_output_folder_appears_whole_with_its_files(tmp_path: Path) -> None:
@@ -128,3 +128,11 @@ def test_atomic_write_replaces_and_hash_is_sha256(tmp_path: Path) -> None:
     write_text_atomic(tmp_path / "a", "abc")
     assert sha256_of(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_result_file_that_could_not_be_written_is_refused_early(tmp_path: Path) -> None:
+    check_output_file(tmp_path / "bench.json")
+    with pytest.raises(OutputError, match="is a folder; give a file name in it"):
+        check_output_file(tmp_path)
+    with pytest.raises(OutputError, match="there is no folder"):
+        check_output_file(tmp_path / "absent" / "bench.json")
