@@ -27,7 +27,7 @@ LAYOUT_N16 = 1
 BLOCK_ROWS = 16
 VALUE_PADDING = 16
 
-_FORMAT_ERROR, _KERNEL_ERROR, _OUT_OF_MEMORY = 1, 2, 3  # error codes of c_api.cpp
+_FORMAT_ERROR, _KERNEL_ERROR, _OUT_OF_MEMORY = 1, 2, 3  # as in c_api.cpp
 _ERROR_BYTES = 512
 
 
@@ -146,7 +146,7 @@ def sparse_matmul_fp32(
         raise ConfigError(f"threads is {threads}, it must be at least 1", threads=threads)
     if x.ndim == 0 or x.shape[-1] != weight.columns or x.dtype != np.float32:
         raise FormatError(f"x is {x.dtype} {x.shape}, the weight needs float32 with last dimension {weight.columns}")
-    x = np.ascontiguousarray(x)
+    x = np.require(x, requirements=["C", "A"])
     y = np.empty((*x.shape[:-1], max(weight.rows, 0)), np.float32)
     tokens = int(np.prod(x.shape[:-1], dtype=np.int64))
     library = _load(library_path())
@@ -184,7 +184,10 @@ def _weight_arguments(weight: SparseFp32) -> Iterator[int]:
     )
     for name, array, dtype in parts:
         if array.dtype != dtype or not array.flags.c_contiguous:
-            raise FormatError(f"{name} must be contiguous {np.dtype(dtype)}, it is {array.dtype}", name=name)
+            raise FormatError(
+                f"{name} must be contiguous {np.dtype(dtype)}, it is {array.dtype} of strides {array.strides}",
+                name=name,
+            )
         yield array.ctypes.data
         yield array.size
 
