@@ -230,9 +230,16 @@ class _Session:
             drop_spare(self.config.output)
 
     def tick(self) -> float:
-        """Add the time since the last tick to the run's working time. Returns: those seconds."""
+        """Add the time since the last tick to the run's working time. Returns: those seconds.
+
+        Several processes go by the first one's clock, or they would plan different numbers of steps.
+        """
         now = self.clock()
         passed, self.ticked = now - self.ticked, now
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            (passed,) = broadcast_object_list([passed])
         self.state.elapsed_seconds += passed
         return passed
 
