@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_export.errors import ConfigError, InputError
+from losa_export.files import input_folder
 from losa_export.runtimes.base import Runtime, RuntimeName
 from losa_export.runtimes.chat import ChatTemplate, Message, load_chat_template
 from losa_export.runtimes.detokenize import StreamDecoder, load_stop_ids, load_tokenizer
@@ -147,8 +148,9 @@ class TextModel:
     def open(cls, folder: Path, runtime: RuntimeName | Runtime = "ort", *, threads: int | None = None) -> TextModel:
         """Everything that `folder` needs to speak; a runtime given as an object must have loaded it already.
 
-        Raises: CheckpointError for missing or malformed files, and what load_runtime raises.
+        Raises: InputError for a missing or empty folder, CheckpointError for missing or malformed files, and what load_runtime raises.
         """
+        input_folder(folder, what="model")
         tokenizer, template, stop = load_tokenizer(folder), load_chat_template(folder), load_stop_ids(folder)
         if isinstance(runtime, str):
             runtime = load_runtime(runtime, folder, threads=threads)
