@@ -21,10 +21,10 @@ ProfileChoice = Literal["ort", "standard"]
 WeightsChoice = Literal["auto", "sparse", "dense"]
 ValuesChoice = Literal["fp32"]
 
-# Compiling to stock engines costs this much; said in the manifest, since it surprises.
+# Said in the manifest, since it surprises: measured 28 bytes a weight besides the dense result.
 _FOLDING_NOTE = (
-    "An engine without losa-export's operators decodes each sparse weight once at load: dense speed, the right "
-    "answer, and up to 80 bytes of passing memory per weight of the largest matrix."
+    "An engine without losa-export's operators decodes all sparse weights at load, once: dense speed and the right "
+    "answer, for some 30 bytes of passing memory per weight of the sparse matrices."
 )
 
 

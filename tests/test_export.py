@@ -222,7 +222,7 @@ def test_the_manifest_lists_every_file_with_its_hash(sparse: Path, tmp_path: Pat
         assert entry["sha256"] == sha256_of(tmp_path / "onnx" / name)
     assert record["source"]["weights_sha256"] == open_checkpoint(sparse).weights_sha256()
     assert record["gate"] is None
-    assert "decodes each sparse weight once at load" in record["notes"][0]
+    assert "decodes all sparse weights at load, once" in record["notes"][0]
     assert str(tmp_path) not in json.dumps(record)
 
 

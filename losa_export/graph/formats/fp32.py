@@ -22,6 +22,11 @@ from losa_export.graph.nodes import NodeList
 # Vector loads of the last values may run this far past the end.
 _PADDING_VALUES = 16
 
+# For each mask byte: its eight bits, how many are set before each, and how many in all.
+_BITS: Bool = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(np.bool_)
+_RANKS: NDArray[np.int32] = np.cumsum(_BITS, axis=1, dtype=np.int32) - _BITS.astype(np.int32)
+_COUNTS: NDArray[np.int32] = np.sum(_BITS, axis=1, dtype=np.int32)
+
 
 class Fp32Format:
     """`SparseMatMulFp32(X, mask, values, block_offsets)`: Y = X Wᵀ with exact float32 values."""
@@ -56,22 +61,24 @@ class Fp32Format:
         return weight, keep
 
     def function(self, opset_version: int) -> ir.Function:
-        """Decode to a dense matrix and multiply.
+        """Decode to a dense (K, N) matrix and multiply.
 
-        The weight's inputs are constants, and CumSum, Gather and Where are all folded by ONNX Runtime, so there the
-        decoding happens once, at load. NonZero or ScatterND would be decoded anew at each call.
+        The weight's inputs are constants, so ONNX Runtime folds all of this into one matrix at load. It holds every
+        step of every weight until the folding is over, which is why positions are looked up a mask byte at a time and
+        turned while they are still bytes: 28 bytes a weight pass, where the plain CumSum over all bits takes 48.
+        NonZero and ScatterND would not be folded, and decode anew at each call.
         """
         x, mask, values, offsets = (ir.val(name) for name in ("X", *self.tensor_names))
         nodes = NodeList()
-        bits = _mask_bits(nodes, mask)
-        ranks = nodes.add("CumSum", [nodes.add("Cast", [bits], {"to": ir.DataType.INT32}), nodes.integer(0)])
-        # The first kept value has rank 1. Before it the index is -1, which is valid and then hidden by Where.
-        index = nodes.add("Sub", [ranks, nodes.integer(1, np.int32)])
+        by_column = nodes.add("Transpose", [mask], {"perm": [1, 0, 2]})
+        keys = nodes.add("Cast", [by_column], {"to": ir.DataType.INT32})
+        bits = nodes.add("Gather", [nodes.constant(_BITS), keys])
+        ranks = nodes.add("Gather", [nodes.constant(_RANKS), keys])
+        # After the last value ranks point at the padding, which is there, and hidden by Where.
+        index = nodes.add("Add", [ranks, _values_before(nodes, mask)])
         zero = nodes.constant(np.zeros((), dtype=np.float32))
         dense = nodes.add("Where", [bits, nodes.add("Gather", [values, index]), zero])
-        by_block = nodes.add("Reshape", [dense, _block_shape(nodes, mask)])
-        by_column = nodes.add("Transpose", [by_block], {"perm": [1, 0, 2]})
-        padded = nodes.add("Reshape", [by_column, nodes.integers(0, -1)])
+        padded = nodes.add("Reshape", [dense, nodes.integers(0, -1)])
         rows = nodes.reference("N")
         transposed = nodes.add("Slice", [padded, nodes.integers(0), rows, nodes.integers(1)])
         output = nodes.add("MatMul", [x, transposed], output="Y")
@@ -80,19 +87,14 @@ class Fp32Format:
         return ir.Function(DOMAIN, self.op_type, graph=graph, attributes=attributes)
 
 
-def _mask_bits(nodes: NodeList, mask: ir.Value) -> ir.Value:
-    """The mask as one flat bool vector, in layout order."""
-    shifts = nodes.constant(np.arange(8, dtype=np.uint8))
-    spread = nodes.add("Unsqueeze", [mask, nodes.integers(-1)])
-    shifted = nodes.add("BitShift", [spread, shifts], {"direction": "RIGHT"})
-    bits = nodes.add("BitwiseAnd", [shifted, nodes.constant(np.ones((), dtype=np.uint8))])
-    return nodes.add("Reshape", [nodes.add("Cast", [bits], {"to": ir.DataType.BOOL}), nodes.integers(-1)])
-
-
-def _block_shape(nodes: NodeList, mask: ir.Value) -> ir.Value:
-    """[row blocks, K, 16] as a shape vector."""
-    leading = nodes.add("Shape", [mask], {"start": 0, "end": 2})
-    return nodes.add("Concat", [leading, nodes.integers(BLOCK_ROWS)], {"axis": 0})
+def _values_before(nodes: NodeList, mask: ir.Value) -> ir.Value:
+    """For each mask byte the number of values stored before its first: (K, row blocks, 2, 1) int32."""
+    counts = nodes.add("Gather", [nodes.constant(_COUNTS), nodes.add("Cast", [mask], {"to": ir.DataType.INT32})])
+    flat = nodes.add("Reshape", [counts, nodes.integers(-1)])
+    before = nodes.add("CumSum", [flat, nodes.integer(0)], {"exclusive": 1})
+    by_block = nodes.add("Reshape", [before, nodes.add("Shape", [mask])])
+    by_column = nodes.add("Transpose", [by_block], {"perm": [1, 0, 2]})
+    return nodes.add("Unsqueeze", [by_column, nodes.integers(-1)])
 
 
 def _trimmed(values: NDArray[np.generic]) -> Float32:
