@@ -148,7 +148,8 @@ class TextModel:
     def open(cls, folder: Path, runtime: RuntimeName | Runtime = "ort", *, threads: int | None = None) -> TextModel:
         """Everything that `folder` needs to speak; a runtime given as an object must have loaded it already.
 
-        Raises: InputError for a missing or empty folder, CheckpointError for missing or malformed files, and what load_runtime raises.
+        Raises: InputError for a missing or empty folder, CheckpointError for missing or malformed files, and
+            what load_runtime raises.
         """
         input_folder(folder, what="model")
         tokenizer, template, stop = load_tokenizer(folder), load_chat_template(folder), load_stop_ids(folder)
