@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from losa_export.config_fields import ConfigFields
 from losa_export.errors import CheckpointError, UnsupportedArchitectureError
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -94,7 +95,7 @@ class DecoderSpec:
             UnsupportedArchitectureError: another model family, activation, rotary scaling or window layout.
             CheckpointError: a field is missing, of the wrong type, or contradicts another.
         """
-        fields = _Fields(config, where)
+        fields = ConfigFields(config, where)
         architecture = _architecture(config, where)
         family = architecture.removesuffix("ForCausalLM").lower()
         activation = fields.text("hidden_act", "silu")
@@ -251,8 +252,8 @@ def _rope(config: Mapping[str, object], where: Path, max_positions: int) -> Rope
         chosen = {}
     if not isinstance(chosen, Mapping):
         raise CheckpointError(f"{where}: {field} must be an object, not {chosen!r}")
-    fields = _Fields(chosen, where, prefix=f"{field}.")
-    top = _Fields(config, where)
+    fields = ConfigFields(chosen, where, prefix=f"{field}.")
+    top = ConfigFields(config, where)
     kind = fields.text("rope_type", fields.text("type", "default"))
     if kind not in _ROPE_KINDS:
         raise UnsupportedArchitectureError(
@@ -276,7 +277,7 @@ def _rope(config: Mapping[str, object], where: Path, max_positions: int) -> Rope
     return RopeSpec(theta, "llama3", fields.number("factor"), low, high, original)
 
 
-def _sliding_window(fields: _Fields, family: str, max_positions: int) -> int | None:
+def _sliding_window(fields: ConfigFields, family: str, max_positions: int) -> int | None:
     """Return the one window that all layers share, or None where attention is over everything.
 
     A window no shorter than the longest sequence hides nothing, so it counts as none.
@@ -301,75 +302,3 @@ def _sliding_window(fields: _Fields, family: str, max_positions: int) -> int | N
             "only one window for all layers is supported (or use_sliding_window false)"
         )
     return window
-
-
-class _Fields:
-    """Typed reads from a JSON object, with errors that name the file and the field."""
-
-    def __init__(self, values: Mapping[str, object], where: Path, prefix: str = "") -> None:
-        self._values, self.where, self._prefix = values, where, prefix
-
-    def absent(self, name: str) -> bool:
-        return self._values.get(name) is None
-
-    def _wrong(self, name: str, wanted: str) -> CheckpointError:
-        value = self._values.get(name)
-        found = "is missing" if value is None else f"is {value!r}"
-        return CheckpointError(f"{self.where}: {self._prefix}{name} {found}; it must be {wanted}", field=name)
-
-    def positive(self, name: str, default: int | None = None) -> int:
-        value = self._values.get(name)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise self._wrong(name, "a positive integer")
-        return value
-
-    def natural(self, name: str, default: int) -> int:
-        return 0 if self._values.get(name) == 0 else self.positive(name, default)
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._values.get(name)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise self._wrong(name, "a positive number")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self._values.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self._wrong(name, "true or false")
-        return value
-
-    def text(self, name: str, default: str) -> str:
-        value = self._values.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, str):
-            raise self._wrong(name, "a string")
-        return value
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        value = self._values.get(name)
-        if value is None:
-            return ()
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self._wrong(name, "a list of strings")
-        return tuple(value)
-
-    def tokens(self, name: str) -> tuple[int, ...]:
-        value = self._values.get(name)
-        found: list[int] = []
-        for item in value if isinstance(value, list) else [] if value is None else [value]:
-            if isinstance(item, bool) or not isinstance(item, int):
-                raise self._wrong(name, "a token id or a list of token ids")
-            if item >= 0:  # early Llama configs write -1 for "none"
-                found.append(item)
-        return tuple(found)
-
-    def token(self, name: str) -> int | None:
-        found = self.tokens(name)
-        return found[0] if found else None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any, Literal, get_args
 from losa_export.architecture import DecoderSpec, prunable_names, tensor_shapes
 from losa_export.checkpoint import CONFIG_FILE, Checkpoint, copy_companions, open_checkpoint, read_json
 from losa_export.errors import CheckpointError, ConfigError, MissingDependencyError
+from losa_export.export_gate import is_installed, reference_source, run_gate
 from losa_export.files import check_output, output_folder, write_text_atomic
 from losa_export.progress import Progress
 
@@ -118,7 +117,7 @@ def export(config: ExportConfig) -> ExportReport:
     check_tensors(checkpoint, spec)
     check_output(config.output, overwrite=config.overwrite, inputs=[config.source])
     _require_packages()
-    reference_source = _reference_source(config) if config.gate else None
+    truth = reference_source(config.source) if config.gate else None
     with (
         ThreadPoolExecutor(max_workers=1) as background,
         output_folder(config.output, overwrite=config.overwrite, inputs=[config.source]) as folder,
@@ -126,11 +125,11 @@ def export(config: ExportConfig) -> ExportReport:
         # Hashing gigabytes costs seconds, and leaves the interpreter free meanwhile.
         weights_sha256 = background.submit(checkpoint.weights_sha256)
         manifest = _write_model(config, checkpoint, spec, folder)
-        if reference_source is None:
+        if truth is None:
             manifest["gate"] = None
         else:
             sparse = manifest["weights"] == "sparse"
-            manifest["gate"] = _run_gate(config, folder, reference_source, sparse=sparse)
+            manifest["gate"] = run_gate(config.source, folder, truth, sparse=sparse)
         manifest["source"]["weights_sha256"] = weights_sha256.result()
         _write_manifest(folder, manifest)
     return _report(config, spec, manifest)
@@ -152,12 +151,8 @@ def check_tensors(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
 
 def _require_packages() -> None:
     for package in ("onnx", "onnx_ir"):
-        if not _installed(package):
+        if not is_installed(package):
             raise MissingDependencyError.for_extra(package.replace("_", "-"), "export", "exporting to ONNX")
-
-
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def _write_model(config: ExportConfig, checkpoint: Checkpoint, spec: DecoderSpec, folder: Path) -> dict[str, Any]:
@@ -228,75 +223,6 @@ def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     if not (checkpoint.folder / "generation_config.json").is_file():
         return {}
     return read_json(checkpoint.folder / "generation_config.json", what="checkpoint", mend="repair or delete it")
-
-
-def _reference_source(config: ExportConfig) -> Literal["torch", "stored"]:
-    """Where the gate's truth comes from, settled before any work.
-
-    Raises: MissingDependencyError if there is none.
-    """
-    from losa_export.reference import REFERENCE_FILE
-
-    if _installed("torch") and _installed("transformers"):
-        return "torch"
-    if (config.source / REFERENCE_FILE).is_file():
-        return "stored"
-    raise MissingDependencyError(
-        f"the gate compares the export with its source, but torch is not installed and '{config.source}' has no "
-        f"{REFERENCE_FILE}; install torch with: pip install 'losa-export[train]', or skip the comparison with "
-        "--no-gate",
-        package="torch",
-        extra="train",
-    )
-
-
-def _run_gate(
-    config: ExportConfig, folder: Path, source: Literal["torch", "stored"], *, sparse: bool
-) -> dict[str, Any]:
-    """Compare the written folder with the source; returns the figures."""
-    from losa_export.eval.parity import gate
-    from losa_export.reference import Reference, compute_reference_apart
-    from losa_export.runtimes.base import RuntimeName
-    from losa_export.runtimes.loader import load_runtime
-
-    reference: Reference
-    if source == "torch":
-        with tempfile.TemporaryDirectory(prefix="losa-reference-") as scratch:
-            reference = compute_reference_apart(config.source, Path(scratch) / "reference.safetensors")
-    else:
-        reference = _stored_reference(config.source)
-    # The record says which one answered.
-    name: RuntimeName = "ort" if sparse and _has_native_library() else "ort-stock"
-    runtime = load_runtime(name, folder)
-    try:
-        report = gate(reference, runtime)
-        return {**report.as_dict(), "reference": source, "engine": runtime.describe().as_dict()}
-    finally:
-        runtime.close()
-
-
-def _stored_reference(source: Path) -> Any:
-    """The reference kept in the checkpoint. Raises: CheckpointError if the weights have changed since."""
-    from losa_export.reference import REFERENCE_FILE, load_reference
-
-    reference = load_reference(source / REFERENCE_FILE)
-    if reference is None or reference.model_id != open_checkpoint(source).weights_sha256():
-        raise CheckpointError(
-            f"'{source / REFERENCE_FILE}' was computed from other weights than those in '{source}'; "
-            "run 'losa merge' again, or skip the comparison with --no-gate"
-        )
-    return reference
-
-
-def _has_native_library() -> bool:
-    from losa_export.errors import KernelError
-    from losa_export.runtimes.native import library_path
-
-    try:
-        library_path()
-    except KernelError:
-        return False
-    return True
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

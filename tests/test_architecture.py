@@ -51,7 +51,7 @@ def test_a_llama_config_gives_its_sizes_and_tokens() -> None:
     spec = read()
     assert (spec.hidden_size, spec.head_dim, spec.num_kv_heads, spec.max_positions) == (64, 16, 2, 256)
     assert (spec.bos_token_id, spec.eos_token_ids, spec.pad_token_id) == (1, (2, 5), None)
-    assert not (spec.tied_embeddings or spec.attention_bias or spec.output_bias or spec.mlp_bias or spec.qk_norm)
+    assert not any((spec.tied_embeddings, spec.attention_bias, spec.output_bias, spec.mlp_bias, spec.qk_norm))
 
 
 def test_both_rope_spellings_mean_the_same() -> None:

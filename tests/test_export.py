@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from losa_export import export as export_module
+from losa_export import export_gate
 from losa_export.checkpoint import open_checkpoint
 from losa_export.errors import (
     CheckpointError,
@@ -295,8 +296,8 @@ def reference(tiny_checkpoint: Path) -> Reference:
 
 @pytest.fixture
 def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = export_module._installed
-    monkeypatch.setattr(export_module, "_installed", lambda package: package != "torch" and installed(package))
+    installed = export_gate.is_installed
+    monkeypatch.setattr(export_gate, "is_installed", lambda package: package != "torch" and installed(package))
 
 
 @pytest.mark.parametrize("profile", ["ort", "standard"])
@@ -491,6 +492,6 @@ def test_a_record_without_tensors_is_refused(sparse: Path, tmp_path: Path, refus
 def test_a_missing_package_names_the_extra(
     dense: Path, tmp_path: Path, refused: Callable[..., LosaError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_module, "_installed", lambda package: package != "onnx_ir")
+    monkeypatch.setattr(export_module, "is_installed", lambda package: package != "onnx_ir")
     error = refused(MissingDependencyError, "'onnx-ir', which is not installed", quick(dense, tmp_path / "onnx"))
     assert "losa-export[export]" in str(error)

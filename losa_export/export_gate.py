@@ -1,0 +1,97 @@
+"""The last step of an export: hold the written folder against its checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from losa_export.checkpoint import open_checkpoint
+from losa_export.errors import CheckpointError, KernelError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from losa_export.reference import Reference
+
+Truth = Literal["torch", "stored"]
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def reference_source(checkpoint: Path) -> Truth:
+    """Where the gate's truth comes from, settled before any work.
+
+    Raises: MissingDependencyError if there is none.
+    """
+    from losa_export.reference import REFERENCE_FILE
+
+    if is_installed("torch") and is_installed("transformers"):
+        return "torch"
+    if (checkpoint / REFERENCE_FILE).is_file():
+        return "stored"
+    raise MissingDependencyError(
+        f"the gate compares the export with its source, but torch is not installed and '{checkpoint}' has no "
+        f"{REFERENCE_FILE}; install torch with: pip install 'losa-export[train]', or skip the comparison with "
+        "--no-gate",
+        package="torch",
+        extra="train",
+    )
+
+
+def run_gate(checkpoint: Path, folder: Path, source: Truth, *, sparse: bool) -> dict[str, Any]:
+    """Compare a written folder with its checkpoint: prefill, decode with past, batch 3, greedy tokens.
+
+    Args:
+        checkpoint: the source.
+        folder: what was made of it.
+        source: where the truth comes from.
+        sparse: whether the folder needs our kernels; a stock engine answers where they are missing.
+
+    Returns: the figures for export.json, with the engine that answered.
+
+    Raises: GateError naming the first output that diverges.
+    """
+    from losa_export.eval.parity import gate
+    from losa_export.reference import compute_reference_apart
+    from losa_export.runtimes.base import RuntimeName
+    from losa_export.runtimes.loader import load_runtime
+
+    if source == "torch":
+        with tempfile.TemporaryDirectory(prefix="losa-reference-") as scratch:
+            reference = compute_reference_apart(checkpoint, Path(scratch) / "reference.safetensors")
+    else:
+        reference = _stored_reference(checkpoint)
+    # The record says which one answered.
+    name: RuntimeName = "ort" if sparse and _has_native_library() else "ort-stock"
+    runtime = load_runtime(name, folder)
+    try:
+        report = gate(reference, runtime)
+        return {**report.as_dict(), "reference": source, "engine": runtime.describe().as_dict()}
+    finally:
+        runtime.close()
+
+
+def _stored_reference(source: Path) -> Reference:
+    """The reference kept in the checkpoint. Raises: CheckpointError if the weights have changed since."""
+    from losa_export.reference import REFERENCE_FILE, load_reference
+
+    reference = load_reference(source / REFERENCE_FILE)
+    if reference is None or reference.model_id != open_checkpoint(source).weights_sha256():
+        raise CheckpointError(
+            f"'{source / REFERENCE_FILE}' was computed from other weights than those in '{source}'; "
+            "run 'losa merge' again, or skip the comparison with --no-gate"
+        )
+    return reference
+
+
+def _has_native_library() -> bool:
+    from losa_export.runtimes.native import library_path
+
+    try:
+        library_path()
+    except KernelError:
+        return False
+    return True
