@@ -38,10 +38,14 @@ struct Avx2 {
   static Vector expand(const float* values, unsigned bits) {
     const __m256i lanes =
         _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpand.lanes[bits])));
-    const Vector spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), lanes);
-    Vector absent = _mm256_setzero_ps();
-    asm("" : "+x"(absent));  // gcc makes two instructions of a blend with a zero that it can see
-    return _mm256_blendv_ps(spread, absent, _mm256_castsi256_ps(lanes));  // by the sign
+    Vector packed = _mm256_loadu_ps(values);
+    // Keeps the load out of the permutation, which takes 2 cycles with an operand in memory, 1.3 without (Zen 3).
+    asm("" : "+x"(packed));
+    const Vector spread = _mm256_permutevar8x32_ps(packed, lanes);
+    // By the sign of `lanes`. gcc makes two instructions of the intrinsic when one side is zero.
+    Vector result;
+    asm("vblendvps %1, %2, %3, %0" : "=x"(result) : "x"(lanes), "x"(_mm256_setzero_ps()), "x"(spread));
+    return result;
   }
 
   static void transpose8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {

@@ -26,16 +26,48 @@ struct Loops {
   // Values are read in one stream; the hardware's prefetcher stops at page ends, this does not.
   static constexpr int kPrefetchBytes = 1024;
 
-  /// The weights of one column of a block, absent ones as zeros.
-  LOSA_INLINE static void expand_column(unsigned kept, const float*& values, Vector (&column)[kParts]) {
-    for (int part = 0; part < kParts; ++part) {
-      const unsigned bits = kept >> (part * V::kLanes) & kPartMask;
-      column[part] = V::expand(values, bits);
-      values += __builtin_popcount(bits);
+  static constexpr int kStep = 4;  // columns whose mask is read as one 64-bit word
+
+  /// Part `part` of the weights of column `column` of kStep, absent ones as zeros. `values` are those of
+  /// the first column: counting the bits before this part anew, rather than moving a pointer along, keeps
+  /// the parts independent of each other.
+  LOSA_INLINE static Vector expand(const uint8_t* masks, uint64_t kept, const float* values, int column, int part) {
+    const int first_bit = column * losa::kBlockRows + part * V::kLanes;
+    const int before = first_bit == 0 ? 0 : __builtin_popcountll(kept << (64 - first_bit));
+    unsigned bits = masks[first_bit / 8];
+    if (V::kLanes == 16) bits |= static_cast<unsigned>(masks[first_bit / 8 + 1]) << 8;
+    return V::expand(values + before, bits);
+  }
+
+  /// The masks of up to kStep columns, absent columns as zeros, at an address that allows reading all.
+  struct Step {
+    uint8_t masks[2 * kStep];
+    LOSA_INLINE Step(const uint8_t* from, int64_t columns) : masks() {
+      for (int64_t i = 0; i < 2 * columns; ++i) masks[i] = from[i];
     }
+  };
+
+  LOSA_INLINE static uint64_t word(const uint8_t* masks) {
+    uint64_t kept;
+    __builtin_memcpy(&kept, masks, sizeof kept);
+    return kept;
   }
 
   // ---- few tokens: a block's sums stay in registers, x is read where it lies
+
+  template <int Tokens, int Sums>
+  LOSA_INLINE static void add_column(const uint8_t* masks, uint64_t kept, const float* values, int step,
+                                     const float* x, int64_t stride, Vector (&sums)[Tokens][Sums][kParts],
+                                     int sum) {
+    Vector column[kParts];
+    for (int part = 0; part < kParts; ++part) column[part] = expand(masks, kept, values, step, part);
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t) {
+      const Vector activation = V::broadcast(x + t * stride + step);
+      for (int part = 0; part < kParts; ++part)
+        sums[t][sum][part] = V::multiply_add(column[part], activation, sums[t][sum][part]);
+    }
+  }
 
   /// `Sums` partial sums per row and token keep enough multiply-adds in flight.
   template <int Tokens, int Sums>
@@ -49,31 +81,20 @@ struct Loops {
         for (int part = 0; part < kParts; ++part) sums[t][s][part] = V::zero();
 
     int64_t k = 0;
-    for (; k + 4 <= columns; k += 4) {
-      uint64_t kept;
-      __builtin_memcpy(&kept, mask + 2 * k, sizeof kept);
+    for (; k + kStep <= columns; k += kStep) {
       __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes);
       __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes + 64);
+      const uint64_t kept = word(mask + 2 * k);
 #pragma GCC unroll 4
-      for (int step = 0; step < 4; ++step) {
-        Vector column[kParts];
-        expand_column(static_cast<unsigned>(kept >> (16 * step)) & 0xffff, values, column);
-#pragma GCC unroll 8
-        for (int t = 0; t < Tokens; ++t) {
-          const Vector activation = V::broadcast(x + t * columns + k + step);
-          for (int part = 0; part < kParts; ++part)
-            sums[t][step % Sums][part] = V::multiply_add(column[part], activation, sums[t][step % Sums][part]);
-        }
-      }
+      for (int step = 0; step < kStep; ++step)
+        add_column(mask + 2 * k, kept, values, step, x + k, columns, sums, step % Sums);
+      values += __builtin_popcountll(kept);
     }
-    for (; k < columns; ++k) {
-      Vector column[kParts];
-      expand_column(mask[2 * k] | static_cast<unsigned>(mask[2 * k + 1]) << 8, values, column);
-      for (int t = 0; t < Tokens; ++t) {
-        const Vector activation = V::broadcast(x + t * columns + k);
-        for (int part = 0; part < kParts; ++part)
-          sums[t][0][part] = V::multiply_add(column[part], activation, sums[t][0][part]);
-      }
+    if (k < columns) {
+      const Step rest(mask + 2 * k, columns - k);
+      const uint64_t kept = word(rest.masks);
+      for (int step = 0; step < columns - k; ++step)
+        add_column(rest.masks, kept, values, step, x + k, columns, sums, 0);
     }
     float rows[losa::kBlockRows];
     const int64_t first_row = block * losa::kBlockRows;
@@ -104,8 +125,8 @@ struct Loops {
         const int64_t count = (tokens - token + groups - group - 1) / (groups - group);
         switch (count) {
           case 1: decode_tokens<1, 4>(w, block, from, to); break;
-          case 2: decode_tokens<2, 2>(w, block, from, to); break;
-          case 3: decode_tokens<3, 2>(w, block, from, to); break;
+          case 2: decode_tokens<2, 1>(w, block, from, to); break;
+          case 3: decode_tokens<3, 1>(w, block, from, to); break;
           case 4: decode_tokens<4, 1>(w, block, from, to); break;
           case 5: decode_tokens<5, 1>(w, block, from, to); break;
           default: decode_tokens<6, 1>(w, block, from, to); break;
@@ -140,25 +161,20 @@ struct Loops {
     uint64_t kept[losa::kBlockRows];  // bit k: column k of the tile; filled if zeros are skipped
   };
 
-  LOSA_INLINE static void store_column(unsigned kept, const float*& values, float* to) {
-    Vector column[kParts];
-    expand_column(kept, values, column);
-    for (int part = 0; part < kParts; ++part) V::store(to + part * V::kLanes, column[part]);
-  }
-
   LOSA_INLINE static void expand_tile(const uint8_t* masks, int64_t columns, const float*& values, bool skip,
                                       WeightTile* tile) {
-    int64_t k = 0;
-    for (; k + 4 <= columns; k += 4) {
-      uint64_t kept;
-      __builtin_memcpy(&kept, masks + 2 * k, sizeof kept);
+    float* to = tile->weights;
+    const auto expand_step = [&](const uint8_t* step_masks) {
+      const uint64_t kept = word(step_masks);
 #pragma GCC unroll 4
-      for (int step = 0; step < 4; ++step)
-        store_column(static_cast<unsigned>(kept >> (16 * step)) & 0xffff, values, tile->weights + (k + step) * losa::kBlockRows);
-    }
-    for (; k < columns; ++k)
-      store_column(masks[2 * k] | static_cast<unsigned>(masks[2 * k + 1]) << 8, values,
-                   tile->weights + k * losa::kBlockRows);
+      for (int step = 0; step < kStep; ++step)
+        for (int part = 0; part < kParts; ++part, to += V::kLanes)
+          V::store(to, expand(step_masks, kept, values, step, part));
+      values += __builtin_popcountll(kept);
+    };
+    int64_t k = 0;
+    for (; k + kStep <= columns; k += kStep) expand_step(masks + 2 * k);
+    if (k < columns) expand_step(Step(masks + 2 * k, columns - k).masks);
     if constexpr (V::kSkipDensity > 0) {
       if (!skip) return;
       uint8_t padded[2 * kTileColumns] = {};
