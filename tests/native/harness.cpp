@@ -88,8 +88,8 @@ void two_threads(void*, size_t count, void (*task)(void*, size_t), void* argumen
   other.join();
 }
 
-std::vector<float> product(const KernelRow& row, const SparseFp32& w, const std::vector<float>& x, int64_t tokens,
-                           const losa::Parallel& parallel) {
+std::vector<float> product(const KernelRow& row, const SparseFp32& w, const std::vector<float>& x,
+                           int64_t tokens, const losa::Parallel& parallel) {
   std::vector<float> y(tokens * w.rows, std::numeric_limits<float>::quiet_NaN());
   y.shrink_to_fit();
   if (!losa::multiply(row, w, x.data(), tokens, y.data(), parallel)) fail("out of memory");
@@ -123,7 +123,8 @@ void check_shape(const KernelRow& row, const Weight& weight, int64_t tokens, std
     for (int64_t n = 0; n < weight.rows; ++n) {
       double expected = 0, magnitude = 0;
       for (int64_t k = 0; k < weight.columns; ++k) {
-        const double term = static_cast<double>(weight.dense[n * weight.columns + k]) * x[t * weight.columns + k];
+        const double weight_at = weight.dense[n * weight.columns + k];
+        const double term = weight_at * x[t * weight.columns + k];
         expected += term;
         magnitude += std::fabs(term);
       }

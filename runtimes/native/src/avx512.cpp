@@ -7,13 +7,15 @@
 namespace losa {
 namespace {
 
-#include "losa/kernel_loops.h"
+#include "losa/loops/expand.h"
+#include "losa/loops/decode.h"
+#include "losa/loops/prefill.h"
 
 struct Avx512 {
   static constexpr int kLanes = 16;
+  static constexpr int kDecodeSums = 2;
   static constexpr int kWideTokens = 16;
   static constexpr int kNarrowTokens = 8;
-  static constexpr double kSkipDensity = -1;
   using Vector = __m512;
   static Vector zero() { return _mm512_setzero_ps(); }
   static Vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
@@ -32,8 +34,15 @@ struct Avx512 {
 
 bool supported() { return __builtin_cpu_supports("avx512f"); }
 
+constexpr int64_t kPrefillMinTokens = 12;  // as measured for AVX2; the loops are the same
+
 }  // namespace
 
-const KernelRow kAvx512Row = {"avx512", supported, Loops<Avx512>::decode, Loops<Avx512>::prefill, Loops<Avx512>::pack, 12};
+const KernelRow kAvx512Row = {"avx512",
+                              supported,
+                              Decode<Avx512>::run,
+                              Prefill<Avx512, DenseProduct<Avx512>>::run,
+                              pack<Avx512>,
+                              kPrefillMinTokens};
 
 }  // namespace losa

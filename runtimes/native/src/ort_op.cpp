@@ -81,7 +81,8 @@ Status* constant(const Calls& calls, const ort::KernelInfo* info, const std::str
   return nullptr;
 }
 
-Status* attribute(const Calls& calls, const ort::KernelInfo* info, const std::string& node, const char* name, int64_t* value) {
+Status* attribute(const Calls& calls, const ort::KernelInfo* info, const std::string& node, const char* name,
+                  int64_t* value) {
   Status* status = calls.attribute(info, name, value);
   if (status == nullptr) return nullptr;
   calls.release(status);
@@ -151,7 +152,8 @@ Status* compute(const Kernel& kernel, ort::KernelContext* context) {
   const bool enough_memory = multiply(*kernel.row, kernel.weight, static_cast<const float*>(x), tokens,
                                       static_cast<float*>(y), {SessionThreads::run, &threads});
   if (threads.status != nullptr) return threads.status;
-  if (!enough_memory) return calls.create_status(ort::kFail, "SparseMatMulFp32: out of memory for packed activations");
+  if (!enough_memory)
+    return calls.create_status(ort::kFail, "SparseMatMulFp32: out of memory for packed activations");
   return nullptr;
 }
 

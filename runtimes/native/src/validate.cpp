@@ -31,14 +31,15 @@ int64_t kept_in(const uint8_t* mask, int64_t bytes) {
 
 bool validate(const SparseFp32Parts& parts, SparseFp32* weight, std::string* error) {
   if (parts.layout != kLayoutN16)
-    return fail(error, "layout is " + number(parts.layout) + ", this library reads layout 1; export the model again");
+    return fail(error,
+                "layout is " + number(parts.layout) + ", this library reads layout 1; export the model again");
   if (parts.rows <= 0 || parts.columns <= 0 || parts.rows > kMaxSide || parts.columns > kMaxSide)
     return fail(error, "N = " + number(parts.rows) + " and K = " + number(parts.columns) +
                            " are not the sides of a weight");
   const int64_t blocks = (parts.rows + kBlockRows - 1) / kBlockRows;
   if (parts.mask_bytes != static_cast<uint64_t>(blocks) * parts.columns * 2)
-    return fail(error, "mask has " + number(parts.mask_bytes) + " bytes, N = " + number(parts.rows) + " and K = " +
-                           number(parts.columns) + " need " + number(blocks * parts.columns * 2));
+    return fail(error, "mask has " + number(parts.mask_bytes) + " bytes, N = " + number(parts.rows) +
+                           " and K = " + number(parts.columns) + " need " + number(blocks * parts.columns * 2));
   if (parts.offset_count != static_cast<uint64_t>(blocks) + 1)
     return fail(error, "block_offsets has " + number(parts.offset_count) + " entries, " + number(blocks) +
                            " blocks need " + number(blocks + 1));
@@ -57,14 +58,15 @@ bool validate(const SparseFp32Parts& parts, SparseFp32* weight, std::string* err
                              ", the mask of the blocks before it keeps " + number(expected) + " values");
   }
   if (parts.value_count < static_cast<uint64_t>(expected) + kValuePadding)
-    return fail(error, "values has " + number(parts.value_count) + " entries, the mask keeps " + number(expected) +
-                           " and " + number(kValuePadding) + " of padding must follow");
+    return fail(error, "values has " + number(parts.value_count) + " entries, the mask keeps " +
+                           number(expected) + " and " + number(kValuePadding) + " of padding must follow");
   const int64_t rows_in_last = parts.rows - (blocks - 1) * kBlockRows;
   const unsigned absent = 0xffffu << rows_in_last & 0xffffu;
   const uint8_t* last = candidate.block_masks(blocks - 1);
   for (int64_t k = 0; absent != 0 && k < parts.columns; ++k) {
     if ((last[2 * k] | last[2 * k + 1] << 8) & absent)
-      return fail(error, "mask keeps a weight of column " + number(k) + " in a row beyond N = " + number(parts.rows));
+      return fail(error,
+                  "mask keeps a weight of column " + number(k) + " in a row beyond N = " + number(parts.rows));
   }
   *weight = candidate;
   return true;

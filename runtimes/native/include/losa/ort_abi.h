@@ -74,7 +74,9 @@ class Calls {
   }
   void release(Status* status) const { call<93, void>(status); }
 
-  Status* create_domain(const char* name, CustomOpDomain** domain) const { return call<26, Status*>(name, domain); }
+  Status* create_domain(const char* name, CustomOpDomain** domain) const {
+    return call<26, Status*>(name, domain);
+  }
   Status* add_op(CustomOpDomain* domain, const CustomOp* op) const { return call<27, Status*>(domain, op); }
   /// `domain` must outlive the sessions made from `options`.
   Status* add_domain(SessionOptions* options, CustomOpDomain* domain) const {
@@ -145,7 +147,8 @@ class Calls {
   }
   Status* read(const OpAttribute* attribute, int64_t* value) const {
     size_t size = 0;
-    return call<272, Status*>(attribute, static_cast<int>(kInt), static_cast<void*>(value), sizeof *value, &size);
+    return call<272, Status*>(attribute, static_cast<int>(kInt), static_cast<void*>(value), sizeof *value,
+                              &size);
   }
   /// Copies `info`.
   Status* set_output_info(const ShapeInferContext* context, size_t index, const TensorInfo* info) const {

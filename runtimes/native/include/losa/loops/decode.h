@@ -1,0 +1,89 @@
+// Few tokens: a block's sums stay in registers, and x is read where it lies.
+//
+// One pass over the compressed weight, which for one token is bound by memory. Lanes run along rows, so
+// there are no horizontal sums. V also gives kDecodeSums, how many partial sums two or more tokens need to
+// keep enough multiply-adds in flight; one token has four.
+
+template <class V>
+struct Decode {
+  using Vector = typename V::Vector;
+  using From = Expand<V>;
+  static constexpr int kParts = From::kParts;
+  static constexpr int64_t kMaxTokens = 6;  // their sums and a column fit in 16 registers of 8 lanes
+  // Values are one long stream; the processor's own prefetching stops at each page.
+  static constexpr int64_t kPrefetchBytes = 1024;
+
+  template <int Tokens, int Sums>
+  LOSA_INLINE static void add_column(const uint8_t* masks, uint64_t kept, const float* values, int column,
+                                     const float* x, int64_t stride, int sum,
+                                     Vector (&sums)[Tokens][Sums][kParts]) {
+    Vector weights[kParts];
+    for (int part = 0; part < kParts; ++part) weights[part] = From::part(masks, kept, values, column, part);
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t) {
+      const Vector activation = V::broadcast(x + t * stride + column);
+      for (int part = 0; part < kParts; ++part)
+        sums[t][sum][part] = V::multiply_add(weights[part], activation, sums[t][sum][part]);
+    }
+  }
+
+  /// `Sums` partial sums, each over every Sums-th column.
+  template <int Tokens, int Sums>
+  static void block(const losa::SparseFp32& w, int64_t index, const float* x, float* y) {
+    const int64_t columns = w.columns;
+    const uint8_t* masks = w.block_masks(index);
+    const float* values = w.block_values(index);
+    Vector sums[Tokens][Sums][kParts];
+    for (int t = 0; t < Tokens; ++t)
+      for (int s = 0; s < Sums; ++s)
+        for (int part = 0; part < kParts; ++part) sums[t][s][part] = V::zero();
+
+    int64_t k = 0;
+    for (; k + From::kStep <= columns; k += From::kStep, masks += 2 * From::kStep, x += From::kStep) {
+      __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes);
+      __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes + 64);
+      const uint64_t kept = From::word(masks);
+#pragma GCC unroll 4
+      for (int column = 0; column < From::kStep; ++column)
+        add_column(masks, kept, values, column, x, columns, column % Sums, sums);
+      values += __builtin_popcountll(kept);
+    }
+    if (k < columns) {
+      const typename From::LastStep last(masks, columns - k);
+      for (int column = 0; column < columns - k; ++column)
+        add_column(last.masks, From::word(last.masks), values, column, x, columns, 0, sums);
+    }
+
+    float rows[losa::kBlockRows];
+    const int64_t first_row = index * losa::kBlockRows;
+    for (int t = 0; t < Tokens; ++t) {
+      for (int s = 1; s < Sums; ++s)
+        for (int part = 0; part < kParts; ++part)
+          sums[t][0][part] = V::add(sums[t][0][part], sums[t][s][part]);
+      for (int part = 0; part < kParts; ++part) V::store(rows + part * V::kLanes, sums[t][0][part]);
+      copy_rows(rows, w.rows - first_row, y + t * w.rows + first_row);
+    }
+  }
+
+  static void run(const losa::SparseFp32& w, losa::BlockRange blocks, const float* x, int64_t tokens,
+                  float* y) {
+    const int64_t groups = (tokens + kMaxTokens - 1) / kMaxTokens;
+    for (int64_t index = blocks.first; index < blocks.last; ++index) {
+      int64_t token = 0;
+      for (int64_t group = groups; group > 0; --group) {
+        const int64_t count = (tokens - token + group - 1) / group;  // 7 tokens as 4 + 3, not 6 + 1
+        const float* from = x + token * w.columns;
+        float* to = y + token * w.rows;
+        switch (count) {
+          case 1: block<1, 4>(w, index, from, to); break;
+          case 2: block<2, V::kDecodeSums>(w, index, from, to); break;
+          case 3: block<3, V::kDecodeSums>(w, index, from, to); break;
+          case 4: block<4, V::kDecodeSums>(w, index, from, to); break;
+          case 5: block<5, V::kDecodeSums>(w, index, from, to); break;
+          default: block<6, V::kDecodeSums>(w, index, from, to); break;
+        }
+        token += count;
+      }
+    }
+  }
+};

@@ -1,0 +1,210 @@
+// Many tokens: a tile of weights is expanded to L1, where it meets tiles of packed activations.
+//
+// Each weight is expanded once for up to kPrefillTokens tokens. A Product says how a tile of weights meets a
+// tile of activations, and how its sums lie: DenseProduct multiplies zeros too, SkipProduct does not.
+
+constexpr int64_t kTileColumns = 64;  // of K: one 64-bit mask a row, and 16 KiB of activations
+constexpr int64_t kMaxBlocks = 8;     // a task's blocks share one tile of activations
+
+/// A tile of one block's weights.
+struct WeightTile {
+  float weights[kTileColumns * losa::kBlockRows];  // [column][row]
+  uint64_t kept[losa::kBlockRows];                 // bit k: is column k of this row kept? For SkipProduct
+};
+
+/// Lanes run along rows. V also gives kWideTokens, as many tokens as have their sums in registers, and
+/// kNarrowTokens, for what is left of a multiple of 8.
+template <class V>
+struct DenseProduct {
+  using Vector = typename V::Vector;
+  static constexpr int kParts = Expand<V>::kParts;
+  static constexpr bool kNeedsRowMasks = false;
+
+  template <int Tokens>
+  static __attribute__((noinline)) void tokens(const WeightTile& tile, int64_t columns, const float* x,
+                                               int64_t width, float* sums) {
+    Vector total[Tokens][kParts];
+#pragma GCC unroll 32
+    for (int t = 0; t < Tokens; ++t)
+      for (int part = 0; part < kParts; ++part)
+        total[t][part] = V::load(sums + (t * kParts + part) * V::kLanes);
+    const float* weights = tile.weights;
+    for (int64_t k = 0; k < columns; ++k, weights += losa::kBlockRows, x += width) {
+      Vector weight[kParts];
+      for (int part = 0; part < kParts; ++part) weight[part] = V::load(weights + part * V::kLanes);
+#pragma GCC unroll 32
+      for (int t = 0; t < Tokens; ++t) {
+        const Vector activation = V::broadcast(x + t);
+        for (int part = 0; part < kParts; ++part)
+          total[t][part] = V::multiply_add(weight[part], activation, total[t][part]);
+      }
+    }
+#pragma GCC unroll 32
+    for (int t = 0; t < Tokens; ++t)
+      for (int part = 0; part < kParts; ++part)
+        V::store(sums + (t * kParts + part) * V::kLanes, total[t][part]);
+  }
+
+  /// sums [token][row] += x [column][token] * weights [column][row]
+  static void add(const WeightTile& tile, int64_t columns, const float* x, int64_t width, float* sums) {
+    constexpr int kWide = V::kWideTokens, kNarrow = V::kNarrowTokens;
+    for (int64_t token = 0; token < width;) {
+      const int64_t behind_wide = width - token - kWide;
+      const bool wide = behind_wide == 0 || behind_wide >= kNarrow;
+      if (wide)
+        tokens<kWide>(tile, columns, x + token, width, sums + token * losa::kBlockRows);
+      else
+        tokens<kNarrow>(tile, columns, x + token, width, sums + token * losa::kBlockRows);
+      token += wide ? kWide : kNarrow;
+    }
+  }
+
+  static void store(const float* sums, const losa::TokenTile& tile, int64_t rows, float* y, int64_t stride) {
+    for (int64_t t = 0; t < tile.tokens; ++t) copy_rows(sums + t * losa::kBlockRows, rows, y + t * stride);
+  }
+};
+
+/// Lanes run along tokens, so that an absent weight costs nothing: a row's kept columns are the set bits of
+/// a 64-bit mask. V also gives row_masks(masks, rows), which turns 16 bits a column for 64 columns into 64
+/// bits a row for 16 rows, and transpose8 as below; kLanes must be kTokenStep.
+template <class V>
+struct SkipProduct {
+  using Vector = typename V::Vector;
+  static constexpr bool kNeedsRowMasks = true;
+  static_assert(V::kLanes == losa::kTokenStep && losa::kTileTokens == 8 * losa::kTokenStep, "switch in add()");
+
+  template <int Vectors>
+  static void rows(const WeightTile& tile, const float* x, float* sums) {
+    for (int row = 0; row < losa::kBlockRows; ++row, sums += Vectors * V::kLanes) {
+      const float* weights = tile.weights + row;
+      Vector total[Vectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) total[v] = V::load(sums + v * V::kLanes);
+      for (uint64_t kept = tile.kept[row]; kept != 0; kept &= kept - 1) {
+        const int64_t k = __builtin_ctzll(kept);
+        const Vector weight = V::broadcast(weights + k * losa::kBlockRows);
+        const float* column = x + k * (Vectors * V::kLanes);
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v)
+          total[v] = V::multiply_add(weight, V::load(column + v * V::kLanes), total[v]);
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) V::store(sums + v * V::kLanes, total[v]);
+    }
+  }
+
+  /// sums [row][token] += weights [column][row] * x [column][token], over each row's kept columns
+  static void add(const WeightTile& tile, int64_t, const float* x, int64_t width, float* sums) {
+    switch (width / V::kLanes) {
+      case 1: return rows<1>(tile, x, sums);
+      case 2: return rows<2>(tile, x, sums);
+      case 3: return rows<3>(tile, x, sums);
+      case 4: return rows<4>(tile, x, sums);
+      case 5: return rows<5>(tile, x, sums);
+      case 6: return rows<6>(tile, x, sums);
+      case 7: return rows<7>(tile, x, sums);
+      default: return rows<8>(tile, x, sums);
+    }
+  }
+
+  static void store(const float* sums, const losa::TokenTile& tile, int64_t rows, float* y, int64_t stride) {
+    int64_t token = 0;
+    if (rows >= losa::kBlockRows) {
+      rows = losa::kBlockRows;
+      for (; token + 8 <= tile.tokens; token += 8)
+        for (int half = 0; half < losa::kBlockRows; half += 8)
+          V::transpose8(sums + half * tile.width + token, tile.width, y + token * stride + half, stride);
+    }
+    for (; token < tile.tokens; ++token)
+      for (int64_t r = 0; r < rows; ++r) y[token * stride + r] = sums[r * tile.width + token];
+  }
+};
+
+template <class V, class Product>
+struct Prefill {
+  using From = Expand<V>;
+
+  /// Columns [0, columns) of what `masks` and `values` point at; moves `values` behind them.
+  LOSA_INLINE static void expand_tile(const uint8_t* masks, int64_t columns, const float*& values,
+                                      WeightTile* tile) {
+    float* to = tile->weights;
+    const auto expand_step = [&](const uint8_t* step) {
+      const uint64_t kept = From::word(step);
+#pragma GCC unroll 4
+      for (int column = 0; column < From::kStep; ++column)
+        for (int part = 0; part < From::kParts; ++part, to += V::kLanes)
+          V::store(to, From::part(step, kept, values, column, part));
+      values += __builtin_popcountll(kept);
+    };
+    int64_t k = 0;
+    for (; k + From::kStep <= columns; k += From::kStep) expand_step(masks + 2 * k);
+    if (k < columns) expand_step(typename From::LastStep(masks + 2 * k, columns - k).masks);
+    if constexpr (Product::kNeedsRowMasks) {
+      uint8_t padded[2 * kTileColumns] = {};
+      __builtin_memcpy(padded, masks, static_cast<size_t>(2 * columns));
+      V::row_masks(padded, tile->kept);
+    }
+  }
+
+  static void run(const losa::SparseFp32& w, losa::BlockRange blocks, const float* packed, int64_t tokens,
+                  float* y) {
+    for (; blocks.first < blocks.last; blocks.first += kMaxBlocks) {
+      const int64_t left = blocks.last - blocks.first;
+      group(w, blocks.first, left < kMaxBlocks ? left : kMaxBlocks, packed, tokens, y);
+    }
+  }
+
+  static void group(const losa::SparseFp32& w, int64_t first, int64_t blocks, const float* packed,
+                    int64_t tokens, float* y) {
+    const int64_t tiles = losa::token_tile_count(tokens);
+    alignas(64) WeightTile weights[kMaxBlocks];
+    alignas(64) float sums[kMaxBlocks][losa::kBlockRows * losa::kPrefillTokens];
+    const float* values[kMaxBlocks];
+    const size_t sum_bytes = static_cast<size_t>(packed_floats(tokens, losa::kBlockRows)) * sizeof(float);
+    for (int64_t b = 0; b < blocks; ++b) {
+      values[b] = w.block_values(first + b);
+      __builtin_memset(sums[b], 0, sum_bytes);
+    }
+    for (int64_t k = 0; k < w.columns; k += kTileColumns) {
+      const int64_t columns = w.columns - k < kTileColumns ? w.columns - k : kTileColumns;
+      for (int64_t b = 0; b < blocks; ++b)
+        expand_tile(w.block_masks(first + b) + 2 * k, columns, values[b], &weights[b]);
+      for (int64_t i = 0; i < tiles; ++i) {
+        const losa::TokenTile tile = losa::token_tile(tokens, i);
+        const float* x = packed + tile.first * w.columns + k * tile.width;
+        for (int64_t b = 0; b < blocks; ++b)
+          Product::add(weights[b], columns, x, tile.width, sums[b] + tile.first * losa::kBlockRows);
+      }
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t first_row = (first + b) * losa::kBlockRows;
+      for (int64_t i = 0; i < tiles; ++i) {
+        const losa::TokenTile tile = losa::token_tile(tokens, i);
+        Product::store(sums[b] + tile.first * losa::kBlockRows, tile, w.rows - first_row,
+                       y + tile.first * w.rows + first_row, w.rows);
+      }
+    }
+  }
+};
+
+/// Columns of tile `index` for all its tokens, padded with zero tokens (token_tiles.h). V also gives
+/// transpose8(from, from_stride, to, to_stride): to[j, i] = from[i, j] for i, j < 8.
+template <class V>
+static void pack(const float* x, int64_t tokens, int64_t columns, int64_t index, float* packed) {
+  const losa::TokenTile tile = losa::token_tile(tokens, index);
+  const float* from = x + tile.first * columns;
+  float* to = packed + tile.first * columns;
+  for (int64_t first = 0; first < columns; first += kTileColumns) {  // what is written stays in L1
+    const int64_t last = first + kTileColumns < columns ? first + kTileColumns : columns;
+    for (int64_t t = 0; t < tile.width; t += 8) {
+      int64_t k = first;
+      if (t + 8 <= tile.tokens) {
+        for (; k + 8 <= last; k += 8)
+          V::transpose8(from + t * columns + k, columns, to + k * tile.width + t, tile.width);
+      }
+      for (; k < last; ++k)
+        for (int64_t i = t; i < t + 8; ++i)
+          to[k * tile.width + i] = i < tile.tokens ? from[i * columns + k] : 0.0f;
+    }
+  }
+}
