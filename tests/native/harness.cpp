@@ -141,7 +141,8 @@ void check_shape(const KernelRow& row, const Weight& weight, int64_t tokens, std
     x[0] = std::numeric_limits<float>::infinity();
     const std::vector<float> tainted = product(row, w, x, tokens, {serial, nullptr});
     for (int64_t n = 0; n < weight.rows; ++n)
-      if (weight.dense[n * weight.columns] != 0 && std::isfinite(tainted[n])) fail(where + ": infinity is lost");
+      if (weight.dense[n * weight.columns] != 0 && std::isfinite(tainted[n]))
+        fail(where + ": infinity is lost");
     for (int64_t i = weight.rows; i < tokens * weight.rows; ++i)
       if (!std::isfinite(tainted[i])) return fail(where + ": infinity of one token reached another");
   }

@@ -40,7 +40,7 @@ def build(
     weights: dict[str, NDArray[Any]],
     *,
     inputs: tuple[str, ...] = (),
-    shape: tuple[str | int, ...] = ("batch", "sequence", COLUMNS),
+    shape: tuple[str | int, ...] | None = ("batch", "sequence", COLUMNS),
     **attributes: int,
 ) -> Any:
     """A model of the one node; the weights named in `inputs` are graph inputs, not initializers."""
@@ -99,6 +99,18 @@ def test_a_single_vector_is_a_product_too(kernels: Path) -> None:
 def test_the_output_shape_is_known_before_running(kernels: Path) -> None:
     session = open_session(build(parts()[1]))
     assert session.get_outputs()[0].shape == ["batch", "sequence", ROWS]
+
+
+def test_an_input_of_unknown_rank_is_taken_as_it_comes(kernels: Path) -> None:
+    dense, weights = parts()
+    session = open_session(build(weights, shape=None))
+    assert session.get_outputs()[0].shape in (None, [])
+    for shape in ((COLUMNS,), (2, 1, COLUMNS)):
+        y = session.run(None, {"X": np.ones(shape, np.float32)})[0]
+        assert y.shape == (*shape[:-1], ROWS)
+        assert np.allclose(y, dense.sum(axis=1), atol=1e-4)  # sums of 70 values near 1, in float32
+    with pytest.raises(Exception, match=r"losa.FormatError: .*the last dimension of X is absent"):
+        session.run(None, {"X": np.array(1, np.float32)})
 
 
 @pytest.mark.parametrize("tokens", [1, 130])
