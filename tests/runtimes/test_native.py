@@ -215,7 +215,7 @@ def test_activations_that_do_not_fit_are_refused(kernels: Path) -> None:
     with pytest.raises(FormatError, match=r"x is float32 \(1, 13\), the weight needs float32 with last dimension 12"):
         native.sparse_matmul_fp32(activations(1, 13), weight)
     with pytest.raises(FormatError, match="x is float64"):
-        native.sparse_matmul_fp32(activations(1, 12).astype(np.float64), weight)  # type: ignore[arg-type]
+        native.sparse_matmul_fp32(activations(1, 12).astype(np.float64), weight)
     with pytest.raises(ConfigError, match="threads is 0, it must be at least 1"):
         native.sparse_matmul_fp32(activations(1, 12), weight, threads=0)
 
