@@ -34,6 +34,7 @@ from losa_export.export import ExportConfig, export
 from losa_export.files import sha256_of
 from losa_export.graph.external import ExternalDataWriter, check_external_data
 from losa_export.graph.formats import FORMATS, EncodedWeight
+from losa_export.graph.stacking import parse, parts_of
 from losa_export.masks import digest, save_masks
 from losa_export.reference import Reference, compute_reference, save_reference
 
@@ -140,15 +141,24 @@ def test_the_written_weights_decode_to_the_checkpoint_bit_for_bit(sparse: Path, 
     export(quick(sparse, tmp_path / "onnx"))
     opened, masks, source = check_external_data(tmp_path / "onnx"), load_masks_of(sparse), open_checkpoint(sparse)
     nodes = [node for node in opened.proto.graph.node if node.domain == "losa.sparse"]
-    assert len(nodes) == len(masks) == 14
+    seen = []
     for node in nodes:
         tensors = {name.rpartition(".")[2]: opened.read(name) for name in node.input[1:]}
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        swiglu = node.op_type == FORMATS["fp32"].swiglu_op_type
+        if swiglu:
+            attributes["N"] = 16 * tensors["mask"].shape[0]
         weight, keep = FORMATS["fp32"].decode(EncodedWeight(tensors, attributes))
-        name = node.input[1].removesuffix(".mask")
-        assert np.array_equal(weight, source.read(name))
-        assert np.array_equal(keep, masks[name])
-        assert np.count_nonzero(weight) < np.count_nonzero(keep)  # the kept zeros are there
+        parts = parse(node.metadata_props[0].value, node.name)
+        rows = [part.rows for part in parts]
+        weights, keeps = (parts_of(stored, rows, interleaved=swiglu) for stored in (weight, keep))
+        for part, one_weight, one_keep in zip(parts, weights, keeps, strict=True):
+            assert np.array_equal(one_weight, source.read(part.name))
+            assert np.array_equal(one_keep, masks[part.name])
+            assert np.count_nonzero(one_weight) < np.count_nonzero(one_keep)  # the kept zeros are there
+            seen.append(part.name)
+    assert len(nodes) == 8  # of each layer: query, key and value together; output; gate and up together; down
+    assert sorted(seen) == sorted(masks)
 
 
 def test_zeros_without_stored_masks_are_read_off_the_weights(dense: Path, tmp_path: Path) -> None:

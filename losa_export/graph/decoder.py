@@ -68,10 +68,10 @@ class _DecoderBuilder:
         self, inputs: list[ir.Value], outputs: list[ir.Value], profile_name: ProfileName, producer: str
     ) -> ir.Model:
         imports = dict(self._profile.opset_imports)
-        functions = []
-        if any(node.domain == DOMAIN for node in self._nodes.nodes):
+        own = sorted({node.op_type for node in self._nodes.nodes if node.domain == DOMAIN})
+        if own:
             imports[DOMAIN] = DOMAIN_VERSION
-            functions.append(self._store.value_format.function(OPSET))
+        functions = [self._store.value_format.function(op_type, OPSET) for op_type in own]
         graph = ir.Graph(
             inputs,
             outputs,
@@ -103,24 +103,37 @@ class _DecoderBuilder:
         nodes, store, prefix = self._nodes, self._store, f"model.layers.{layer}"
         nodes.prefix = f"layers.{layer}/"
         normed, residual = self._profile.add_norm(nodes, x, skip, store.plain(f"{prefix}.input_layernorm.weight"))
-        q, k, v = (self._linear(normed, layer, f"self_attn.{part}_proj") for part in "qkv")
-        if self._spec.qk_norm:
-            q = self._head_norm(q, f"{prefix}.self_attn.q_norm.weight", self._spec.num_heads)
-            k = self._head_norm(k, f"{prefix}.self_attn.k_norm.weight", self._spec.num_kv_heads)
-        attended, *presents = self._profile.attention(nodes, q, k, v, cache)
+        if self._profile.takes_packed:
+            packed = self._linear(normed, layer, *(f"self_attn.{part}_proj" for part in "qkv"))
+            attended, *presents = self._profile.attention(nodes, (packed, None, None), cache)
+        else:
+            q, k, v = (self._linear(normed, layer, f"self_attn.{part}_proj") for part in "qkv")
+            if self._spec.qk_norm:
+                q = self._head_norm(q, f"{prefix}.self_attn.q_norm.weight", self._spec.num_heads)
+                k = self._head_norm(k, f"{prefix}.self_attn.k_norm.weight", self._spec.num_kv_heads)
+            attended, *presents = self._profile.attention(nodes, (q, k, v), cache)
         for present in presents:
             present.type = ir.TensorType(ir.DataType.FLOAT)
             present.shape = ir.Shape(["batch", self._spec.num_kv_heads, _TOTAL, self._spec.head_dim])
         attended = self._linear(attended, layer, "self_attn.o_proj")
         norm_weight = store.plain(f"{prefix}.post_attention_layernorm.weight")
         normed, residual = self._profile.add_norm(nodes, attended, residual, norm_weight)
-        gate = self._profile.silu(nodes, self._linear(normed, layer, "mlp.gate_proj"))
-        wide = nodes.add("Mul", [gate, self._linear(normed, layer, "mlp.up_proj")])
-        return self._linear(wide, layer, "mlp.down_proj"), residual, presents
+        return self._linear(self._swiglu(normed, layer), layer, "mlp.down_proj"), residual, presents
 
-    def _linear(self, x: ir.Value, layer: int, linear: str) -> ir.Value:
-        bias = linear_has_bias(self._spec, linear)
-        return self._store.linear(self._nodes, x, f"model.layers.{layer}.{linear}", bias=bias)
+    def _swiglu(self, x: ir.Value, layer: int) -> ir.Value:
+        """silu(gate) · up. Source: Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202."""
+        nodes, prefix = self._nodes, f"model.layers.{layer}.mlp"
+        if not linear_has_bias(self._spec, "mlp.gate_proj"):
+            fused = self._store.sparse_swiglu(nodes, x, f"{prefix}.gate_proj", f"{prefix}.up_proj")
+            if fused is not None:
+                return fused
+        gate = self._profile.silu(nodes, self._linear(x, layer, "mlp.gate_proj"))
+        return nodes.add("Mul", [gate, self._linear(x, layer, "mlp.up_proj")])
+
+    def _linear(self, x: ir.Value, layer: int, *linears: str) -> ir.Value:
+        """X Wᵀ (+ b) of linears of one block that read the same x, side by side."""
+        bias = linear_has_bias(self._spec, linears[0])
+        return self._store.linear(self._nodes, x, [f"model.layers.{layer}.{name}" for name in linears], bias=bias)
 
     def _head_norm(self, x: ir.Value, weight: str, heads: int) -> ir.Value:
         """RMS norm of each head by itself (Qwen3)."""

@@ -15,7 +15,8 @@ from losa_export.errors import FormatError
 from losa_export.files import sha256_of
 from losa_export.graph.external import ModelFolder
 from losa_export.graph.formats import DOMAIN, FORMATS
-from losa_export.graph.formats.base import unpack_mask
+from losa_export.graph.formats.base import BLOCK_ROWS, unpack_mask
+from losa_export.graph.stacking import METADATA_KEY, parse, parts_of
 from losa_export.masks import digest, zeros_count
 
 MANIFEST_FILE = "export.json"
@@ -32,7 +33,7 @@ class StoredLinear:
         shape: (out, in).
         zeros: pruned positions.
         mask_sha256: identity of the zero pattern, see `losa_export.masks.digest`.
-        stored_bytes: of all its tensors.
+        stored_bytes: of its node's tensors, by its share of the kept weights.
         values: name of the value format.
     """
 
@@ -57,9 +58,11 @@ class StoredLinear:
 def read_sparse_linears(model: ModelFolder) -> dict[str, StoredLinear]:
     """Every sparse linear of a written model: tensor name → facts, its pattern decoded from the file.
 
-    Raises: FormatError if a node is of no known format, or its mask does not fit its attributes.
+    A node may hold several linears; each is told apart and counted with its share of the node's bytes.
+
+    Raises: FormatError if a node is of no known format, or its mask does not fit its attributes or its parts.
     """
-    by_operator = {value_format.op_type: value_format for value_format in FORMATS.values()}
+    by_operator = {one.op_type: one for one in FORMATS.values()} | {one.swiglu_op_type: one for one in FORMATS.values()}
     found: dict[str, StoredLinear] = {}
     for node in model.proto.graph.node:
         if node.domain != DOMAIN:
@@ -67,18 +70,27 @@ def read_sparse_linears(model: ModelFolder) -> dict[str, StoredLinear]:
         value_format = by_operator.get(node.op_type)
         if value_format is None:
             raise FormatError(f"node '{node.name}' has the unknown operator '{node.op_type}': export again")
-        parts = dict(zip(value_format.tensor_names, node.input[1:], strict=True))
+        tensors = dict(zip(value_format.tensor_names, node.input[1:], strict=True))
         attributes = {attribute.name: int(attribute.i) for attribute in node.attribute}
-        keep = unpack_mask(model.read(parts["mask"]).astype(np.uint8, copy=False), attributes["N"])
-        if keep.shape[1] != attributes["K"]:
-            raise FormatError(f"mask of node '{node.name}' has {keep.shape[1]} columns, not {attributes['K']}")
-        found[parts["mask"].removesuffix(".mask")] = StoredLinear(
-            (keep.shape[0], keep.shape[1]),
-            zeros_count(keep),
-            digest(keep),
-            sum(model.tensors[name].length for name in parts.values()),
-            value_format.name,
-        )
+        metadata = {entry.key: entry.value for entry in node.metadata_props}
+        parts = parse(metadata.get(METADATA_KEY), node.name)
+        interleaved = node.op_type == value_format.swiglu_op_type
+        mask = model.read(tensors["mask"]).astype(np.uint8, copy=False)
+        stored = unpack_mask(mask, mask.shape[0] * BLOCK_ROWS if interleaved else attributes["N"])
+        if stored.shape[1] != attributes["K"]:
+            raise FormatError(f"mask of node '{node.name}' has {stored.shape[1]} columns, not {attributes['K']}")
+        stored_bytes = sum(model.tensors[name].length for name in tensors.values())
+        kept = int(np.count_nonzero(stored))
+        keeps = parts_of(stored, [part.rows for part in parts], interleaved=interleaved)
+        for part, keep in zip(parts, keeps, strict=True):
+            share = np.count_nonzero(keep) / kept if kept else 1 / len(parts)
+            found[part.name] = StoredLinear(
+                (keep.shape[0], keep.shape[1]),
+                zeros_count(keep),
+                digest(keep),
+                round(stored_bytes * share),
+                value_format.name,
+            )
     return found
 
 

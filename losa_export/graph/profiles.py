@@ -47,10 +47,19 @@ class LayerCache:
     present_value: str
 
 
+# Key and value are None where the first tensor holds all three (`Profile.takes_packed`).
+QueryKeyValue = tuple[ir.Value, ir.Value | None, ir.Value | None]
+
+
 class Profile(Protocol):
     """Building blocks of a decoder. Each appends to the node list it is given."""
 
     opset_imports: ClassVar[dict[str, int]]
+
+    @property
+    def takes_packed(self) -> bool:
+        """Whether `attention` takes query, key and value side by side in one tensor."""
+        ...
 
     def prepare(self, nodes: NodeList, inputs: Inputs, cos: ir.Value, sin: ir.Value) -> None:
         """Append what all layers share; called once, before the layers. Caches are (positions, head dim / 2)."""
@@ -62,9 +71,7 @@ class Profile(Protocol):
         """RMS norm of x + skip; returns it, and the sum for the next residual."""
         ...
 
-    def attention(
-        self, nodes: NodeList, q: ir.Value, k: ir.Value, v: ir.Value, cache: LayerCache
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+    def attention(self, nodes: NodeList, qkv: QueryKeyValue, cache: LayerCache) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Rotary grouped-query attention: output (batch, sequence, heads · head dim), present key and value."""
         ...
 
@@ -99,6 +106,13 @@ class OrtProfile:
 
     def __init__(self, spec: DecoderSpec) -> None:
         self._spec = spec
+        # The operator's own rotation only takes heads of a multiple of 16; the smallest models have 8.
+        self._rotates = spec.head_dim % 16 == 0
+
+    @property
+    def takes_packed(self) -> bool:
+        """See `Profile.takes_packed`: unless something has to be done to query and key first."""
+        return self._rotates and not self._spec.qk_norm
 
     def prepare(self, nodes: NodeList, inputs: Inputs, cos: ir.Value, sin: ir.Value) -> None:
         """See `Profile.prepare`: per-row lengths, as GroupQueryAttention counts them."""
@@ -125,14 +139,11 @@ class OrtProfile:
         )
         return normed, total
 
-    def attention(
-        self, nodes: NodeList, q: ir.Value, k: ir.Value, v: ir.Value, cache: LayerCache
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+    def attention(self, nodes: NodeList, qkv: QueryKeyValue, cache: LayerCache) -> tuple[ir.Value, ir.Value, ir.Value]:
         """See `Profile.attention`. A batch with a past must have one new token a row: the operator's own limit."""
-        spec = self._spec
-        # The operator's own rotation only takes heads of a multiple of 16; the smallest models have 8.
-        fused = spec.head_dim % 16 == 0
+        spec, (q, k, v), fused = self._spec, qkv, self._rotates
         if not fused:
+            assert k is not None
             q = rotate(nodes, q, self._rotary, spec.num_heads)
             k = rotate(nodes, k, self._rotary, spec.num_kv_heads)
         attributes = {
@@ -165,6 +176,7 @@ class StandardProfile:
     """ONNX opset 23, without contributed operators."""
 
     opset_imports: ClassVar[dict[str, int]] = {"": OPSET}
+    takes_packed = False
 
     def __init__(self, spec: DecoderSpec) -> None:
         self._spec = spec
@@ -204,11 +216,10 @@ class StandardProfile:
         total = x if skip is None else nodes.add("Add", [x, skip])
         return rms_norm(nodes, total, weight, self._spec.rms_norm_eps), total
 
-    def attention(
-        self, nodes: NodeList, q: ir.Value, k: ir.Value, v: ir.Value, cache: LayerCache
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+    def attention(self, nodes: NodeList, qkv: QueryKeyValue, cache: LayerCache) -> tuple[ir.Value, ir.Value, ir.Value]:
         """See `Profile.attention`; the cache grows by concatenation inside Attention."""
-        spec = self._spec
+        spec, (q, k, v) = self._spec, qkv
+        assert k is not None
         q = rotate(nodes, q, self._rotary, spec.num_heads)
         k = rotate(nodes, k, self._rotary, spec.num_kv_heads)
         attributes = {

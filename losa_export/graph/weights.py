@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +16,9 @@ from losa_export.graph.external import ExternalDataWriter
 from losa_export.graph.formats import DOMAIN, ValueFormat
 from losa_export.graph.nodes import NodeList
 from losa_export.graph.sparsity import SparsityPlan
+from losa_export.graph.stacking import METADATA_KEY, Part, describe, interleave
+
+_Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
 @dataclass
@@ -48,20 +52,52 @@ class WeightStore:
         self.on_written(tensor.size)
         return value
 
-    def linear(self, nodes: NodeList, x: ir.Value, name: str, *, bias: bool) -> ir.Value:
-        """Append x Wᵀ (+ b) for the linear module `name`, sparse if the plan says so."""
-        weight_name = f"{name}.weight"
-        weight = self.checkpoint.read(weight_name)
-        keep = self.plan.keep(weight_name, weight)
-        if keep is None or not self.plan.store_sparse:
-            if keep is not None and np.any((weight != 0) & ~keep):
-                raise _not_zero(weight_name)
-            y = nodes.add("MatMul", [x, self._transposed(weight_name, weight)])
+    def linear(self, nodes: NodeList, x: ir.Value, names: Sequence[str], *, bias: bool) -> ir.Value:
+        """Append x Wᵀ (+ b) for linear modules that read the same x, their outputs side by side.
+
+        Args:
+            nodes: where to append.
+            x: (…, K).
+            names: modules, for example ("model.layers.0.self_attn.o_proj",). Sparse if the plan says so of one of them.
+            bias: whether they have biases.
+        """
+        weights = [self.checkpoint.read(f"{name}.weight") for name in names]
+        keeps = self._keeps(names, weights)
+        if keeps is None:
+            y = nodes.add("MatMul", [x, self._transposed(f"{_stem(names)}.weight", _rows(weights))])
         else:
-            y = self._sparse(nodes, x, weight_name, weight, keep)
+            y = self._sparse(nodes, x, self.value_format.op_type, names, weights, keeps)
         if bias:
-            y = nodes.add("Add", [y, self.plain(f"{name}.bias")])
+            y = nodes.add("Add", [y, self._biases(names)])
         return y
+
+    def sparse_swiglu(self, nodes: NodeList, x: ir.Value, gate: str, up: str) -> ir.Value | None:
+        """Append silu(x Gᵀ) ⊙ x Uᵀ as one node, if the plan stores these modules sparsely; else None."""
+        weights = [self.checkpoint.read(f"{name}.weight") for name in (gate, up)]
+        keeps = self._keeps((gate, up), weights)
+        if keeps is None:
+            return None
+        return self._sparse(nodes, x, self.value_format.swiglu_op_type, (gate, up), weights, keeps)
+
+    def _keeps(self, names: Sequence[str], weights: Sequence[NDArray[np.float32]]) -> list[NDArray[np.bool_]] | None:
+        """The patterns to store some linears under; None if they are stored densely.
+
+        Raises: MaskError if a weight is not zero where its pattern prunes it.
+        """
+        keeps: list[NDArray[np.bool_]] = []
+        found = False
+        for name, weight in zip(names, weights, strict=True):
+            keep = self.plan.keep(f"{name}.weight", weight)
+            found |= keep is not None
+            keeps.append(np.ones(weight.shape, dtype=np.bool_) if keep is None else keep)
+            if keep is not None and not self.plan.store_sparse and np.any((weight != 0) & ~keep):
+                raise _not_zero(f"{name}.weight")
+        return keeps if found and self.plan.store_sparse else None
+
+    def _biases(self, names: Sequence[str]) -> ir.Value:
+        biases = [self.checkpoint.read(f"{name}.bias") for name in names]
+        self.on_written(sum(bias.size for bias in biases))
+        return self.array(f"{_stem(names)}.bias", np.concatenate(biases))
 
     def _transposed(self, name: str, weight: NDArray[np.float32]) -> ir.Value:
         value = self._initializer(self.writer.add_transposed(f"{name}.transposed", weight))
@@ -69,15 +105,34 @@ class WeightStore:
         return value
 
     def _sparse(
-        self, nodes: NodeList, x: ir.Value, name: str, weight: NDArray[np.float32], keep: NDArray[np.bool_]
+        self,
+        nodes: NodeList,
+        x: ir.Value,
+        op_type: str,
+        names: Sequence[str],
+        weights: Sequence[NDArray[np.float32]],
+        keeps: Sequence[NDArray[np.bool_]],
     ) -> ir.Value:
+        """Append one sparse node that holds all of `weights`, in the order of rows that the operator wants."""
+        swiglu = op_type == self.value_format.swiglu_op_type
+        parts = [Part(f"{name}.weight", weight.shape[0]) for name, weight in zip(names, weights, strict=True)]
         try:
-            encoded = self.value_format.encode(weight, keep)
+            if swiglu:
+                encoded = self.value_format.encode(interleave(*weights), interleave(*keeps))
+            else:
+                encoded = self.value_format.encode(_rows(weights), _rows(keeps))
         except MaskError as error:
-            raise _not_zero(name) from error
-        parts = [self.array(f"{name}.{part}", tensor) for part, tensor in encoded.tensors.items()]
-        self.on_written(weight.size)
-        return nodes.add(self.value_format.op_type, [x, *parts], dict(encoded.attributes), domain=DOMAIN)
+            for part, weight, keep in zip(parts, weights, keeps, strict=True):
+                if np.any((weight != 0) & ~keep):
+                    raise _not_zero(part.name) from error
+            raise
+        stem = f"{_stem(names)}.weight"
+        tensors = [self.array(f"{stem}.{name}", tensor) for name, tensor in encoded.tensors.items()]
+        attributes = dict(encoded.attributes) | ({"N": parts[0].rows} if swiglu else {})
+        self.on_written(sum(weight.size for weight in weights))
+        y = nodes.add(op_type, [x, *tensors], attributes, domain=DOMAIN)
+        nodes.nodes[-1].metadata_props[METADATA_KEY] = describe(parts)
+        return y
 
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(
@@ -88,6 +143,16 @@ class WeightStore:
         )
         self.initializers.append(value)
         return value
+
+
+def _rows(matrices: Sequence[NDArray[_Scalar]]) -> NDArray[_Scalar]:
+    """The rows of all matrices below each other; a single one as it is."""
+    return matrices[0] if len(matrices) == 1 else np.concatenate(matrices)
+
+
+def _stem(names: Sequence[str]) -> str:
+    """A name for modules stored together: "…self_attn.q_proj+k_proj+v_proj"."""
+    return "+".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
 
 
 def _not_zero(name: str) -> MaskError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from losa_export.errors import ConfigError, FormatError, MaskError
 from losa_export.graph.formats import DOMAIN, DOMAIN_VERSION, FORMATS, EncodedWeight, value_format
 from losa_export.graph.formats.base import pack, unpack, unpack_mask
 from losa_export.graph.nodes import NodeList
+from losa_export.graph.stacking import interleave
 
 OPSET = 23
 
@@ -84,7 +87,7 @@ def test_stock_onnxruntime_folds_the_function_to_one_matmul(
 ) -> None:
     fmt = FORMATS["fp32"]
     weight, keep = random_weight(rows, columns, density, 3)
-    model = one_node_model(fmt.encode(weight, keep), rows, columns)
+    model = one_node_model(fmt.op_type, fmt.encode(weight, keep), rows, columns)
     onnx.checker.check_model(model, full_check=False)
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
@@ -97,17 +100,41 @@ def test_stock_onnxruntime_folds_the_function_to_one_matmul(
     assert [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node] == ["MatMul"]
 
 
-def one_node_model(encoded: EncodedWeight, rows: int, columns: int) -> onnx.ModelProto:
+@pytest.mark.parametrize(("rows", "columns", "density"), [(1, 1, 1.0), (16, 8, 0.0), (37, 20, 0.3), (64, 33, 0.7)])
+def test_stock_onnxruntime_folds_swiglu_to_two_products(
+    rows: int, columns: int, density: float, tmp_path: Path
+) -> None:
+    fmt = FORMATS["fp32"]
+    (gate, kept_gate), (up, kept_up) = (random_weight(rows, columns, density, seed) for seed in (3, 4))
+    encoded = fmt.encode(interleave(gate, up), interleave(kept_gate, kept_up))
+    encoded = replace(encoded, attributes=dict(encoded.attributes) | {"N": rows})
+    model = one_node_model(fmt.swiglu_op_type, encoded, rows, columns)
+    onnx.checker.check_model(model, full_check=False)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(0).standard_normal((2, 3, columns)).astype(np.float32)
+    [y] = session.run(None, {"X": x})
+    z = x.astype(np.float64) @ gate.T
+    # float32 sums of at most 33 terms, and a float32 sigmoid
+    np.testing.assert_allclose(y, z / (1 + np.exp(-z)) * (x.astype(np.float64) @ up.T), rtol=1e-5, atol=1e-5)
+    operators = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+    assert operators["MatMul"] == 2
+    assert operators["Gather"] == operators["CumSum"] == operators["Split"] == 0
+
+
+def one_node_model(op_type: str, encoded: EncodedWeight, rows: int, columns: int) -> onnx.ModelProto:
     fmt = FORMATS["fp32"]
     x = ir.val("X", ir.DataType.FLOAT, ["batch", "sequence", columns])
     tensors = {name: ir.tensor(array, name=name) for name, array in encoded.tensors.items()}
     parts = [ir.val(name, tensor.dtype, tensor.shape, const_value=tensor) for name, tensor in tensors.items()]
     nodes = NodeList()
-    y = nodes.add(fmt.op_type, [x, *parts], dict(encoded.attributes), domain=DOMAIN, output="Y")
+    y = nodes.add(op_type, [x, *parts], dict(encoded.attributes), domain=DOMAIN, output="Y")
     y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", "sequence", rows])
     imports = {"": OPSET, DOMAIN: DOMAIN_VERSION}
     graph = ir.Graph([x], [y], nodes=nodes.nodes, initializers=parts, opset_imports=imports, name="one")
-    return ir.to_proto(ir.Model(graph, ir_version=10, functions=[fmt.function(OPSET)]))
+    return ir.to_proto(ir.Model(graph, ir_version=10, functions=[fmt.function(op_type, OPSET)]))
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones() -> None:

@@ -14,6 +14,7 @@ from losa_export.graph.external import MODEL_FILE, ExternalDataWriter, check_ext
 from losa_export.graph.formats import DOMAIN, DOMAIN_VERSION, FORMATS
 from losa_export.graph.manifest import check_digests, file_records, package_version, read_sparse_linears, versions
 from losa_export.graph.nodes import NodeList
+from losa_export.graph.stacking import METADATA_KEY, Part, describe
 from losa_export.masks import digest
 
 KEEP = np.random.default_rng(0).random((40, 24)) < 0.3
@@ -30,6 +31,7 @@ def folder(tmp_path: Path) -> Path:
     x = ir.val("X", ir.DataType.FLOAT, ["rows", 24])
     nodes = NodeList()
     y = nodes.add(fmt.op_type, [x, *parts], dict(encoded.attributes), domain=DOMAIN, output="Y")
+    nodes.nodes[-1].metadata_props[METADATA_KEY] = describe([Part("w", 40)])
     graph = ir.Graph([x], [y], nodes=nodes.nodes, initializers=parts, opset_imports={"": 23, DOMAIN: DOMAIN_VERSION})
     ir.save(ir.Model(graph, ir_version=10), tmp_path / MODEL_FILE)
     return tmp_path
@@ -73,6 +75,14 @@ def test_an_unknown_operator_in_our_domain_is_an_error(folder: Path) -> None:
 def test_a_mask_of_another_width_than_the_node_is_an_error(folder: Path) -> None:
     change(folder, K=25)
     with pytest.raises(FormatError, match="has 24 columns, not 25"):
+        read_sparse_linears(check_external_data(folder))
+
+
+def test_a_node_that_does_not_name_its_weights_is_an_error(folder: Path) -> None:
+    model = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    model.graph.node[0].metadata_props[0].value = "[[]]"
+    (folder / MODEL_FILE).write_bytes(model.SerializeToString())
+    with pytest.raises(FormatError, match="does not say which weights it holds: export the model again"):
         read_sparse_linears(check_external_data(folder))
 
 

@@ -44,10 +44,15 @@ class EncodedWeight:
 
 
 class ValueFormat(Protocol):
-    """A way to store the kept values: an operator, a lossless or rounding code, and its portable meaning."""
+    """A way to store the kept values: a lossless or rounding code, and two operators with their portable meaning.
+
+    `op_type` is X Wᵀ. `swiglu_op_type` is silu(X Gᵀ) ⊙ X Uᵀ, for the rows of gate G and up U interleaved
+    (`losa_export.graph.stacking`); its attribute N counts the rows of one of them.
+    """
 
     name: str
     op_type: str
+    swiglu_op_type: str
     tensor_names: tuple[str, ...]
 
     def encode(self, weight: Float32, keep: Bool) -> EncodedWeight:
@@ -58,8 +63,8 @@ class ValueFormat(Protocol):
         """Invert `encode`: (weight with exact zeros where pruned, keep)."""
         ...
 
-    def function(self, opset_version: int) -> ir.Function:
-        """Define the operator in standard ones, so that an engine without our library runs it."""
+    def function(self, op_type: str, opset_version: int) -> ir.Function:
+        """Define one of the two operators in standard ones, so that an engine without our library runs it."""
         ...
 
 

@@ -29,10 +29,11 @@ _COUNTS: NDArray[np.int32] = np.sum(_BITS, axis=1, dtype=np.int32)
 
 
 class Fp32Format:
-    """`SparseMatMulFp32(X, mask, values, block_offsets)`: Y = X Wᵀ with exact float32 values."""
+    """`SparseMatMulFp32(X, mask, values, block_offsets)`, and SwiGLU likewise, with exact float32 values."""
 
     name = "fp32"
     op_type = "SparseMatMulFp32"
+    swiglu_op_type = "SparseSwiGLUFp32"
     tensor_names: tuple[str, ...] = ("mask", "values", "block_offsets")
 
     def encode(self, weight: Float32, keep: Bool) -> EncodedWeight:
@@ -60,31 +61,48 @@ class Fp32Format:
             raise FormatError("block_offsets do not count the kept positions of the mask: export again")
         return weight, keep
 
-    def function(self, opset_version: int) -> ir.Function:
+    def function(self, op_type: str, opset_version: int) -> ir.Function:
         """Decode to a dense (K, N) matrix and multiply.
 
-        The weight's inputs are constants, so ONNX Runtime folds all of this into one matrix at load. It holds every
-        step of every weight until the folding is over, which is why positions are looked up a mask byte at a time and
-        turned while they are still bytes: 28 bytes a weight pass, where the plain CumSum over all bits takes 48.
-        NonZero and ScatterND would not be folded, and decode anew at each call.
+        The weight's inputs are constants, so ONNX Runtime folds all but the products into one matrix at load. It holds
+        every step of every weight until the folding is over, which is why positions are looked up a mask byte at a
+        time and turned while they are still bytes: 28 bytes a weight pass, where the plain CumSum over all bits
+        takes 48. NonZero and ScatterND would not be folded, and decode anew at each call.
         """
         x, mask, values, offsets = (ir.val(name) for name in ("X", *self.tensor_names))
         nodes = NodeList()
-        by_column = nodes.add("Transpose", [mask], {"perm": [1, 0, 2]})
-        keys = nodes.add("Cast", [by_column], {"to": ir.DataType.INT32})
-        bits = nodes.add("Gather", [nodes.constant(_BITS), keys])
-        ranks = nodes.add("Gather", [nodes.constant(_RANKS), keys])
-        # After the last value ranks point at the padding, which is there, and hidden by Where.
-        index = nodes.add("Add", [ranks, _values_before(nodes, mask)])
-        zero = nodes.constant(np.zeros((), dtype=np.float32))
-        dense = nodes.add("Where", [bits, nodes.add("Gather", [values, index]), zero])
-        padded = nodes.add("Reshape", [dense, nodes.integers(0, -1)])
-        rows = nodes.reference("N")
-        transposed = nodes.add("Slice", [padded, nodes.integers(0), rows, nodes.integers(1)])
-        output = nodes.add("MatMul", [x, transposed], output="Y")
+        by_row_block = _decoded(nodes, mask, values)
+        if op_type == self.op_type:
+            output = nodes.add("MatMul", [x, _first_rows(nodes, by_row_block)], output="Y")
+        else:
+            # (K, row blocks of both, 2, 8) → (K, row blocks of each, 2, 16)
+            pairs = nodes.add("Reshape", [by_row_block, nodes.integers(0, -1, 2, BLOCK_ROWS)])
+            gate_rows, up_rows = nodes.add_many("Split", [pairs], [None, None], {"axis": 2, "num_outputs": 2})
+            gate = nodes.add("MatMul", [x, _first_rows(nodes, gate_rows)])
+            up = nodes.add("MatMul", [x, _first_rows(nodes, up_rows)])
+            silu = nodes.add("Mul", [gate, nodes.add("Sigmoid", [gate])])
+            output = nodes.add("Mul", [silu, up], output="Y")
         graph = ir.Graph([x, mask, values, offsets], [output], nodes=nodes.nodes, opset_imports={"": opset_version})
         attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in ("N", "K", "layout")]
-        return ir.Function(DOMAIN, self.op_type, graph=graph, attributes=attributes)
+        return ir.Function(DOMAIN, op_type, graph=graph, attributes=attributes)
+
+
+def _decoded(nodes: NodeList, mask: ir.Value, values: ir.Value) -> ir.Value:
+    """The dense weight, (K, row blocks, 2, 8) float32: two bytes' rows in each block."""
+    by_column = nodes.add("Transpose", [mask], {"perm": [1, 0, 2]})
+    keys = nodes.add("Cast", [by_column], {"to": ir.DataType.INT32})
+    bits = nodes.add("Gather", [nodes.constant(_BITS), keys])
+    ranks = nodes.add("Gather", [nodes.constant(_RANKS), keys])
+    # After the last value ranks point at the padding, which is there, and hidden by Where.
+    index = nodes.add("Add", [ranks, _values_before(nodes, mask)])
+    zero = nodes.constant(np.zeros((), dtype=np.float32))
+    return nodes.add("Where", [bits, nodes.add("Gather", [values, index]), zero])
+
+
+def _first_rows(nodes: NodeList, blocks: ir.Value) -> ir.Value:
+    """(K, row blocks, …) to (K, N), N being the node's attribute."""
+    padded = nodes.add("Reshape", [blocks, nodes.integers(0, -1)])
+    return nodes.add("Slice", [padded, nodes.integers(0), nodes.reference("N"), nodes.integers(1)])
 
 
 def _values_before(nodes: NodeList, mask: ir.Value) -> ir.Value:
