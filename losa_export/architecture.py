@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from losa_export.checkpoint import CONFIG_FILE, Checkpoint
 from losa_export.config_fields import ConfigFields
 from losa_export.errors import CheckpointError, UnsupportedArchitectureError
 
@@ -302,3 +303,17 @@ def _sliding_window(fields: ConfigFields, family: str, max_positions: int) -> in
             "only one window for all layers is supported (or use_sliding_window false)"
         )
     return window
+
+
+def check_tensors(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
+    """Refuse a checkpoint whose tensors are missing or mis-shaped, from its headers alone.
+
+    Raises: CheckpointError naming the first such tensor.
+    """
+    for name, shape in tensor_shapes(spec).items():
+        if checkpoint.shape(name) != shape:
+            raise CheckpointError(
+                f"tensor '{name}' in '{checkpoint.folder}' is {checkpoint.shape(name)}, but {CONFIG_FILE} asks for "
+                f"{shape}; the two belong to different models",
+                tensor=name,
+            )

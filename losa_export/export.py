@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from losa_export.architecture import DecoderSpec, prunable_names, tensor_shapes
+from losa_export.architecture import DecoderSpec, check_tensors, prunable_names, tensor_shapes
 from losa_export.checkpoint import CONFIG_FILE, Checkpoint, copy_companions, open_checkpoint, read_json
-from losa_export.errors import CheckpointError, ConfigError, MissingDependencyError
+from losa_export.errors import ConfigError, MissingDependencyError
 from losa_export.export_gate import is_installed, reference_source, run_gate
 from losa_export.files import check_output, output_folder, write_text_atomic
 from losa_export.progress import Progress
@@ -133,20 +133,6 @@ def export(config: ExportConfig) -> ExportReport:
         manifest["source"]["weights_sha256"] = weights_sha256.result()
         _write_manifest(folder, manifest)
     return _report(config, spec, manifest)
-
-
-def check_tensors(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
-    """Refuse a checkpoint whose tensors are missing or mis-shaped, from its headers alone.
-
-    Raises: CheckpointError naming the first such tensor.
-    """
-    for name, shape in tensor_shapes(spec).items():
-        if checkpoint.shape(name) != shape:
-            raise CheckpointError(
-                f"tensor '{name}' in '{checkpoint.folder}' is {checkpoint.shape(name)}, but {CONFIG_FILE} asks for "
-                f"{shape}; the two belong to different models",
-                tensor=name,
-            )
 
 
 def _require_packages() -> None:

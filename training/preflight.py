@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_export.architecture import DecoderSpec, tensor_shapes
-from losa_export.checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
+from losa_export.architecture import DecoderSpec, check_tensors
+from losa_export.checkpoint import CONFIG_FILE, open_checkpoint
 from losa_export.errors import CheckpointError, ConfigError
 from losa_export.files import sha256_of
 from losa_export.text import load_tokenizer, read_documents, token_windows
@@ -49,7 +49,7 @@ def check_inputs(config: TrainConfig) -> TrainInputs:
     """
     checkpoint = open_checkpoint(config.model)
     spec = DecoderSpec.from_config(checkpoint.config, config.model / CONFIG_FILE)
-    _check_tensors(checkpoint, spec)
+    check_tensors(checkpoint, spec)
     if config.window > spec.max_positions:
         raise ConfigError(
             f"window is {config.window}, but the model reads at most {spec.max_positions} tokens; shorten it",
@@ -76,16 +76,6 @@ def check_inputs(config: TrainConfig) -> TrainInputs:
         "calibration text": [sha256_of(path) for path in config.calibration_files],
     }
     return TrainInputs(spec, calibration, tuning, weight_hashes, tokenizer_hash, {**settings, **contents})
-
-
-def _check_tensors(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
-    for name, shape in tensor_shapes(spec).items():
-        if checkpoint.shape(name) != shape:
-            raise CheckpointError(
-                f"tensor '{name}' of checkpoint '{checkpoint.folder}' has shape {checkpoint.shape(name)}, but its "
-                f"{CONFIG_FILE} asks for {shape}; the two do not belong together: download the checkpoint again",
-                tensor=name,
-            )
 
 
 def _check_ids(windows: NDArray[np.int64], spec: DecoderSpec, model: Path, files: tuple[Path, ...]) -> None:

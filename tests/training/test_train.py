@@ -290,7 +290,7 @@ def test_missing_or_unfit_inputs_are_refused_before_anything_is_written(
         ({"tuning_text": (short,)}, TextError, "but 80 tokens"),
         ({"tuning_text": (short,), "calibration_windows": 1}, TextError, "but 16 tokens"),
         ({"window": 1000}, ConfigError, "window is 1000, but the model reads at most 256 tokens"),
-        ({"model": wide}, CheckpointError, r"has shape \(176, 64\), but its config\.json asks for \(192, 64\)"),
+        ({"model": wide}, CheckpointError, r"is \(176, 64\), but config\.json asks for \(192, 64\)"),
         ({"model": small}, CheckpointError, "but the model has only 16 embeddings"),
     ]
     for changes, error, message in cases:
