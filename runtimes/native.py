@@ -54,8 +54,12 @@ class KernelInfo:
 class SparseFp32:
     """A weight (rows, columns) in the compressed form of `losa.sparse::SparseMatMulFp32`.
 
+    Or two of that shape, a gate and another, in the form of `SparseSwiGLUFp32`: their blocks of 16 rows
+    alternate, so that block 2i holds rows 16i to 16i + 15 of the gate and block 2i + 1 those of the other.
+
     Attributes:
-        mask: uint8 (blocks, columns, 2): bit r of the 16 says whether row 16·block + r is kept.
+        mask: uint8 (blocks, columns, 2): bit r of the 16 says whether row 16·block + r is kept, and row r of
+            the block in the case of two weights.
         values: float32 (kept + 16,): kept values in order block, column, row; then padding.
         block_offsets: int64 (blocks + 1,): index of each block's first value, then `kept`.
         layout: 1.
@@ -114,14 +118,14 @@ def describe() -> KernelInfo:
     )
 
 
-def validate(weight: SparseFp32) -> None:
-    """Check everything that the kernels rely on.
+def validate(weight: SparseFp32, *, gated: bool = False) -> None:
+    """Check everything that the kernels rely on; `gated` says that the weight is one of `sparse_swiglu_fp32`.
 
     Raises: FormatError naming the first contradiction; KernelError if there is no library.
     """
     library = _load(library_path())
     error = ctypes.create_string_buffer(_ERROR_BYTES)
-    code = library.losa_validate_fp32(*_weight_arguments(weight), error, _ERROR_BYTES)
+    code = library.losa_validate_fp32(*_weight_arguments(weight, gated), error, _ERROR_BYTES)
     _raise_for(code, error)
 
 
@@ -142,27 +146,19 @@ def sparse_matmul_fp32(
     Raises: FormatError for a contradictory weight or an x that does not fit; KernelError for an unknown or
         unavailable row; ConfigError for threads < 1.
     """
-    if threads < 1:
-        raise ConfigError(f"threads is {threads}, it must be at least 1", threads=threads)
-    if x.ndim == 0 or x.shape[-1] != weight.columns or x.dtype != np.float32:
-        raise FormatError(f"x is {x.dtype} {x.shape}, the weight needs float32 with last dimension {weight.columns}")
-    x = np.require(x, requirements=["C", "A"])
-    y = np.empty((*x.shape[:-1], max(weight.rows, 0)), np.float32)
-    tokens = int(np.prod(x.shape[:-1], dtype=np.int64))
-    library = _load(library_path())
-    error = ctypes.create_string_buffer(_ERROR_BYTES)
-    code = library.losa_matmul_fp32(
-        None if row is None else row.encode(),
-        *_weight_arguments(weight),
-        x.ctypes.data,
-        tokens,
-        y.ctypes.data,
-        threads,
-        error,
-        _ERROR_BYTES,
-    )
-    _raise_for(code, error)
-    return y
+    return _multiply(x, weight, row, threads, gated=False)
+
+
+def sparse_swiglu_fp32(
+    x: NDArray[np.float32], weight: SparseFp32, *, row: str | None = None, threads: int = 1
+) -> NDArray[np.float32]:
+    """SwiGLU: silu(x Wgate^T) · (x Wup^T) element by element, silu(z) = z / (1 + exp(-z)), by a native kernel.
+
+    silu(-∞) is NaN, as that formula has it. Arguments, result and errors are those of `sparse_matmul_fp32`,
+    with the two weights in one as `SparseFp32` says.
+    Source of the formula: Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202.
+    """
+    return _multiply(x, weight, row, threads, gated=True)
 
 
 def typed_error(engine_message: str) -> LosaError | None:
@@ -174,9 +170,35 @@ def typed_error(engine_message: str) -> LosaError | None:
     return None
 
 
-def _weight_arguments(weight: SparseFp32) -> Iterator[int]:
-    """The nine arguments that describe a weight in c_api.cpp."""
-    yield from (weight.rows, weight.columns, weight.layout)
+def _multiply(
+    x: NDArray[np.float32], weight: SparseFp32, row: str | None, threads: int, *, gated: bool
+) -> NDArray[np.float32]:
+    if threads < 1:
+        raise ConfigError(f"threads is {threads}, it must be at least 1", threads=threads)
+    if x.ndim == 0 or x.shape[-1] != weight.columns or x.dtype != np.float32:
+        raise FormatError(f"x is {x.dtype} {x.shape}, the weight needs float32 with last dimension {weight.columns}")
+    x = np.require(x, requirements=["C", "A"])
+    y = np.empty((*x.shape[:-1], max(weight.rows, 0)), np.float32)
+    tokens = int(np.prod(x.shape[:-1], dtype=np.int64))
+    library = _load(library_path())
+    error = ctypes.create_string_buffer(_ERROR_BYTES)
+    code = library.losa_matmul_fp32(
+        None if row is None else row.encode(),
+        *_weight_arguments(weight, gated),
+        x.ctypes.data,
+        tokens,
+        y.ctypes.data,
+        threads,
+        error,
+        _ERROR_BYTES,
+    )
+    _raise_for(code, error)
+    return y
+
+
+def _weight_arguments(weight: SparseFp32, gated: bool) -> Iterator[int]:
+    """The ten arguments that describe a weight in c_api.cpp."""
+    yield from (weight.rows, weight.columns, weight.layout, gated)
     parts: tuple[tuple[str, NDArray[Any], type[np.generic]], ...] = (
         ("mask", weight.mask, np.uint8),
         ("values", weight.values, np.float32),
@@ -209,7 +231,7 @@ def _load(path: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise KernelError(f"{path} cannot be loaded ({error}); build it again with 'pip install .'") from error
-    weight: list[Any] = [ctypes.c_int64] * 3 + [ctypes.c_void_p, ctypes.c_size_t] * 3
+    weight: list[Any] = [ctypes.c_int64] * 3 + [ctypes.c_int] + [ctypes.c_void_p, ctypes.c_size_t] * 3
     text: list[Any] = [ctypes.c_char_p, ctypes.c_size_t]
     library.losa_describe.argtypes = text
     library.losa_describe.restype = ctypes.c_size_t

@@ -22,6 +22,7 @@ constexpr ExpandTable kExpand;
 #include "losa/loops/expand.h"
 #include "losa/loops/decode.h"
 #include "losa/loops/prefill.h"
+#include "losa/loops/gate.h"
 
 struct Avx2 {
   static constexpr int kLanes = 8;
@@ -118,6 +119,7 @@ void prefill(const SparseFp32& w, BlockRange blocks, const float* packed, int64_
 
 }  // namespace
 
-const KernelRow kAvx2Row = {"avx2", supported, Decode<Avx2>::run, prefill, pack<Avx2>, kPrefillMinTokens};
+const KernelRow kAvx2Row = {"avx2",     supported,         Decode<Avx2>::run, prefill,
+                            pack<Avx2>, kPrefillMinTokens, gate};
 
 }  // namespace losa

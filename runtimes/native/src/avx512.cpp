@@ -10,6 +10,7 @@ namespace {
 #include "losa/loops/expand.h"
 #include "losa/loops/decode.h"
 #include "losa/loops/prefill.h"
+#include "losa/loops/gate.h"
 
 struct Avx512 {
   static constexpr int kLanes = 16;
@@ -43,6 +44,7 @@ const KernelRow kAvx512Row = {"avx512",
                               Decode<Avx512>::run,
                               Prefill<Avx512, DenseProduct<Avx512>>::run,
                               pack<Avx512>,
-                              kPrefillMinTokens};
+                              kPrefillMinTokens,
+                              gate};
 
 }  // namespace losa

@@ -76,15 +76,15 @@ LOSA_EXPORT size_t losa_describe(char* text, size_t capacity) {
   }
 }
 
-LOSA_EXPORT int losa_validate_fp32(int64_t rows, int64_t columns, int64_t layout, const uint8_t* masks,
-                                   size_t mask_bytes, const float* values, size_t value_count,
-                                   const int64_t* block_offsets, size_t offset_count, char* error,
-                                   size_t error_capacity) {
+LOSA_EXPORT int losa_validate_fp32(int64_t rows, int64_t columns, int64_t layout, int gated,
+                                   const uint8_t* masks, size_t mask_bytes, const float* values,
+                                   size_t value_count, const int64_t* block_offsets, size_t offset_count,
+                                   char* error, size_t error_capacity) {
   try {
     std::string message;
     losa::SparseFp32 weight{};
-    const losa::SparseFp32Parts parts{rows,        columns,       layout,      masks, mask_bytes, values,
-                                      value_count, block_offsets, offset_count};
+    const losa::SparseFp32Parts parts{rows,       columns, layout,      gated != 0,    masks,
+                                      mask_bytes, values,  value_count, block_offsets, offset_count};
     if (losa::validate(parts, &weight, &message)) return kOk;
     return report(kFormatError, message, error, error_capacity);
   } catch (const std::exception& caught) {
@@ -92,9 +92,9 @@ LOSA_EXPORT int losa_validate_fp32(int64_t rows, int64_t columns, int64_t layout
   }
 }
 
-/// y (tokens, rows) = x (tokens, columns) W^T. `row` may be null: LOSA_KERNEL, or the best.
+/// y (tokens, rows) as multiply() says. `row` may be null: LOSA_KERNEL, or the best.
 LOSA_EXPORT int losa_matmul_fp32(const char* row, int64_t rows, int64_t columns, int64_t layout,
-                                 const uint8_t* masks, size_t mask_bytes, const float* values,
+                                 int gated, const uint8_t* masks, size_t mask_bytes, const float* values,
                                  size_t value_count, const int64_t* block_offsets, size_t offset_count,
                                  const float* x, int64_t tokens, float* y, size_t threads, char* error,
                                  size_t error_capacity) {
@@ -104,8 +104,8 @@ LOSA_EXPORT int losa_matmul_fp32(const char* row, int64_t rows, int64_t columns,
         row != nullptr ? losa::select_row(row, &message) : losa::select_row_from_environment(&message);
     if (chosen == nullptr) return report(kKernelError, message, error, error_capacity);
     losa::SparseFp32 weight{};
-    const losa::SparseFp32Parts parts{rows,        columns,       layout,      masks, mask_bytes, values,
-                                      value_count, block_offsets, offset_count};
+    const losa::SparseFp32Parts parts{rows,       columns, layout,      gated != 0,    masks,
+                                      mask_bytes, values,  value_count, block_offsets, offset_count};
     if (!losa::validate(parts, &weight, &message)) return report(kFormatError, message, error, error_capacity);
     if (!losa::multiply(*chosen, weight, x, tokens, y, {run_on_threads, &threads}))
       return report(kOutOfMemory, "out of memory for packed activations", error, error_capacity);

@@ -1,4 +1,5 @@
-// The ONNX Runtime operator losa.sparse::SparseMatMulFp32: Y = X W^T with W compressed.
+// The ONNX Runtime operators of domain losa.sparse: SparseMatMulFp32, Y = X W^T with W compressed, and
+// SparseSwiGLUFp32, Y = silu(X Wgate^T) * (X Wup^T) with both in one container.
 //
 // No exception leaves this file: each entry returns an OrtStatus. Messages that a caller should map to a
 // typed error start with "losa.FormatError: " or "losa.KernelError: ".
@@ -22,16 +23,22 @@ constexpr size_t kInputs = 4;  // X, mask, values, block_offsets
 constexpr const char* kInputNames[kInputs] = {"X", "mask", "values", "block_offsets"};
 constexpr int kInputTypes[kInputs] = {ort::kFloat, ort::kUint8, ort::kFloat, ort::kInt64};
 
+/// An operator; its callbacks get it back. `api` is for the one that ONNX Runtime gives none.
+struct Op : ort::CustomOp {
+  const ort::Api* api;
+  const char* name;
+  bool gated;
+};
+
 struct Kernel {
   Calls calls;
   const KernelRow* row;
   SparseFp32 weight;
-  std::string name;  // of the node, for messages
+  std::string where;  // operator and node, for messages
 };
 
-Status* format_error(const Calls& calls, const std::string& node, const std::string& message) {
-  return calls.create_status(ort::kInvalidArgument,
-                             ("losa.FormatError: SparseMatMulFp32 node '" + node + "': " + message).c_str());
+Status* format_error(const Calls& calls, const std::string& where, const std::string& message) {
+  return calls.create_status(ort::kInvalidArgument, ("losa.FormatError: " + where + ": " + message).c_str());
 }
 
 std::string node_name(const Calls& calls, const ort::KernelInfo* info) {
@@ -59,19 +66,19 @@ Status* describe_tensor(const Calls& calls, const ort::Value* value, std::vector
 }
 
 /// A constant input's data and element count; its shape must have the right product, not a certain rank.
-Status* constant(const Calls& calls, const ort::KernelInfo* info, const std::string& node, size_t index,
+Status* constant(const Calls& calls, const ort::KernelInfo* info, const std::string& where, size_t index,
                  const void** data, size_t* count) {
   int is_constant = 0;
   const ort::Value* value = nullptr;
   if (Status* status = calls.constant_input(info, index, &is_constant, &value)) return status;
   if (!is_constant || value == nullptr)
-    return format_error(calls, node, std::string("input '") + kInputNames[index] +
+    return format_error(calls, where, std::string("input '") + kInputNames[index] +
                                    "' is not an initializer; the weight must be constant");
   std::vector<int64_t> dims;
   int type = 0;
   if (Status* status = describe_tensor(calls, value, &dims, &type)) return status;
   if (type != kInputTypes[index])
-    return format_error(calls, node, std::string("input '") + kInputNames[index] + "' has element type " +
+    return format_error(calls, where, std::string("input '") + kInputNames[index] + "' has element type " +
                                    std::to_string(type) + ", not " + std::to_string(kInputTypes[index]));
   *count = 1;
   for (int64_t dim : dims) *count *= static_cast<size_t>(dim);
@@ -81,28 +88,29 @@ Status* constant(const Calls& calls, const ort::KernelInfo* info, const std::str
   return nullptr;
 }
 
-Status* attribute(const Calls& calls, const ort::KernelInfo* info, const std::string& node, const char* name,
+Status* attribute(const Calls& calls, const ort::KernelInfo* info, const std::string& where, const char* name,
                   int64_t* value) {
   Status* status = calls.attribute(info, name, value);
   if (status == nullptr) return nullptr;
   calls.release(status);
-  return format_error(calls, node, std::string("attribute '") + name + "' is missing");
+  return format_error(calls, where, std::string("attribute '") + name + "' is missing");
 }
 
-Status* create(const Calls& calls, const ort::KernelInfo* info, void** result) {
-  const std::string node = node_name(calls, info);
+Status* create(const Op& op, const Calls& calls, const ort::KernelInfo* info, void** result) {
+  const std::string where = std::string(op.name) + " node '" + node_name(calls, info) + "'";
   SparseFp32Parts parts{};
-  if (Status* status = attribute(calls, info, node, "N", &parts.rows)) return status;
-  if (Status* status = attribute(calls, info, node, "K", &parts.columns)) return status;
+  parts.gated = op.gated;
+  if (Status* status = attribute(calls, info, where, "N", &parts.rows)) return status;
+  if (Status* status = attribute(calls, info, where, "K", &parts.columns)) return status;
   parts.layout = kLayoutN16;  // the attribute may be left out: 1 is its default
   if (Status* status = calls.attribute(info, "layout", &parts.layout)) {
     calls.release(status);
     parts.layout = kLayoutN16;
   }
   const void *masks = nullptr, *values = nullptr, *offsets = nullptr;
-  if (Status* status = constant(calls, info, node, 1, &masks, &parts.mask_bytes)) return status;
-  if (Status* status = constant(calls, info, node, 2, &values, &parts.value_count)) return status;
-  if (Status* status = constant(calls, info, node, 3, &offsets, &parts.offset_count)) return status;
+  if (Status* status = constant(calls, info, where, 1, &masks, &parts.mask_bytes)) return status;
+  if (Status* status = constant(calls, info, where, 2, &values, &parts.value_count)) return status;
+  if (Status* status = constant(calls, info, where, 3, &offsets, &parts.offset_count)) return status;
   parts.masks = static_cast<const uint8_t*>(masks);
   parts.values = static_cast<const float*>(values);
   parts.block_offsets = static_cast<const int64_t*>(offsets);
@@ -111,8 +119,8 @@ Status* create(const Calls& calls, const ort::KernelInfo* info, void** result) {
   const KernelRow* row = select_row_from_environment(&error);
   if (row == nullptr) return calls.create_status(ort::kFail, ("losa.KernelError: " + error).c_str());
   SparseFp32 weight{};
-  if (!validate(parts, &weight, &error)) return format_error(calls, node, error);
-  *result = new Kernel{calls, row, weight, node};
+  if (!validate(parts, &weight, &error)) return format_error(calls, where, error);
+  *result = new Kernel{calls, row, weight, where};
   return nullptr;
 }
 
@@ -123,7 +131,10 @@ struct SessionThreads {
 
   static void run(void* self_pointer, size_t count, void (*task)(void*, size_t), void* argument) {
     SessionThreads& self = *static_cast<SessionThreads*>(self_pointer);
-    if (self.status == nullptr) self.status = self.calls.parallel_for(self.context, task, count, 0, argument);
+    // As many batches as tasks: a thread that is done takes the next one, so that one which wakes late or is
+    // interrupted holds up a task, not a fixed share of them.
+    if (self.status == nullptr)
+      self.status = self.calls.parallel_for(self.context, task, count, count, argument);
   }
 };
 
@@ -135,13 +146,13 @@ Status* compute(const Kernel& kernel, ort::KernelContext* context) {
   int type = 0;
   if (Status* status = describe_tensor(calls, input, &dims, &type)) return status;
   if (dims.empty() || dims.back() != kernel.weight.columns)
-    return format_error(calls, kernel.name,
+    return format_error(calls, kernel.where,
                         "the last dimension of X is " +
                             (dims.empty() ? std::string("absent") : std::to_string(dims.back())) +
                             ", the weight has K = " + std::to_string(kernel.weight.columns));
   int64_t tokens = 1;
   for (size_t i = 0; i + 1 < dims.size(); ++i) tokens *= dims[i];
-  dims.back() = kernel.weight.rows;
+  dims.back() = kernel.weight.outputs;
   ort::Value* output = nullptr;
   if (Status* status = calls.output(context, 0, dims.data(), dims.size(), &output)) return status;
   void *x = nullptr, *y = nullptr;
@@ -153,14 +164,9 @@ Status* compute(const Kernel& kernel, ort::KernelContext* context) {
                                       static_cast<float*>(y), {SessionThreads::run, &threads});
   if (threads.status != nullptr) return threads.status;
   if (!enough_memory)
-    return calls.create_status(ort::kFail, "SparseMatMulFp32: out of memory for packed activations");
+    return calls.create_status(ort::kFail, (kernel.where + ": out of memory for packed activations").c_str());
   return nullptr;
 }
-
-/// The operator, and the table for the one callback that ONNX Runtime gives none.
-struct Op : ort::CustomOp {
-  const ort::Api* api;
-};
 
 /// Y has the shape of X with N as its last dimension, which lets ONNX Runtime plan memory.
 Status* infer_shape(const Calls& calls, ort::ShapeInferContext* context) {
@@ -199,12 +205,14 @@ Status* guarded(const Calls& calls, Body body) noexcept {
   }
 }
 
-Op make_op(const ort::Api* api) {
+Op make_op(const ort::Api* api, const char* name, bool gated) {
   using ort::CustomOp;
   Op op{};
   op.api = api;
+  op.name = name;
+  op.gated = gated;
   op.version = ort::kApiVersion;
-  op.GetName = [](const CustomOp*) { return "SparseMatMulFp32"; };
+  op.GetName = [](const CustomOp* self) { return static_cast<const Op*>(self)->name; };
   op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return "CPUExecutionProvider"; };
   op.GetInputTypeCount = [](const CustomOp*) { return kInputs; };
   op.GetInputType = [](const CustomOp*, size_t index) { return kInputTypes[index]; };
@@ -219,9 +227,10 @@ Op make_op(const ort::Api* api) {
   op.GetVariadicOutputHomogeneity = op.GetVariadicInputMinArity;
   op.GetStartVersion = op.GetVariadicInputMinArity;
   op.GetEndVersion = [](const CustomOp*) { return 0x7fffffff; };
-  op.CreateKernelV2 = [](const CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** kernel) {
+  op.CreateKernelV2 = [](const CustomOp* self, const ort::Api* api, const ort::KernelInfo* info,
+                         void** kernel) {
     const Calls calls(api);
-    return guarded(calls, [&] { return create(calls, info, kernel); });
+    return guarded(calls, [&] { return create(*static_cast<const Op*>(self), calls, info, kernel); });
   };
   op.KernelComputeV2 = [](void* kernel_pointer, ort::KernelContext* context) {
     const Kernel& kernel = *static_cast<const Kernel*>(kernel_pointer);
@@ -238,16 +247,18 @@ Op make_op(const ort::Api* api) {
 /// The one domain of this process: sessions borrow it, so it is kept until the library is unloaded.
 Status* shared_domain(const ort::Api* api, ort::CustomOpDomain** domain) {
   const Calls calls(api);
-  static const Op op = make_op(api);
+  static const Op ops[] = {make_op(api, "SparseMatMulFp32", false), make_op(api, "SparseSwiGLUFp32", true)};
   static std::mutex mutex;
   static ort::CustomOpDomain* made = nullptr;
   const std::lock_guard<std::mutex> lock(mutex);
   if (made == nullptr) {
     ort::CustomOpDomain* fresh = nullptr;
     if (Status* status = calls.create_domain("losa.sparse", &fresh)) return status;
-    if (Status* status = calls.add_op(fresh, &op)) {
-      calls.release(fresh);
-      return status;
+    for (const Op& op : ops) {
+      if (Status* status = calls.add_op(fresh, &op)) {
+        calls.release(fresh);
+        return status;
+      }
     }
     made = fresh;
   }

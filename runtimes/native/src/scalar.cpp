@@ -1,4 +1,5 @@
 // The definition: one multiply-add per kept weight, in the order the values are stored.
+#include <cmath>
 #include <cstring>
 
 #include "losa/kernel_table.h"
@@ -35,8 +36,19 @@ void decode(const SparseFp32& w, BlockRange blocks, const float* x, int64_t toke
   }
 }
 
+void gate(const float* z, int64_t tokens, int64_t outputs, float* y, int64_t stride) {
+  const int64_t pairs = (outputs + kBlockRows - 1) / kBlockRows;
+  for (int64_t token = 0; token < tokens; ++token) {
+    for (int64_t n = 0; n < outputs; ++n) {
+      const float* pair = z + (token * pairs + n / kBlockRows) * 2 * kBlockRows;
+      const float gate = pair[n % kBlockRows], up = pair[kBlockRows + n % kBlockRows];
+      y[token * stride + n] = gate / (1.0f + std::exp(-gate)) * up;
+    }
+  }
+}
+
 }  // namespace
 
-const KernelRow kScalarRow = {"scalar", always, decode, nullptr, nullptr, 0};
+const KernelRow kScalarRow = {"scalar", always, decode, nullptr, nullptr, 0, gate};
 
 }  // namespace losa

@@ -36,7 +36,9 @@ bool validate(const SparseFp32Parts& parts, SparseFp32* weight, std::string* err
   if (parts.rows <= 0 || parts.columns <= 0 || parts.rows > kMaxSide || parts.columns > kMaxSide)
     return fail(error, "N = " + number(parts.rows) + " and K = " + number(parts.columns) +
                            " are not the sides of a weight");
-  const int64_t blocks = (parts.rows + kBlockRows - 1) / kBlockRows;
+  const int64_t matrices = parts.gated ? 2 : 1;  // their blocks alternate
+  const int64_t blocks_of_each = (parts.rows + kBlockRows - 1) / kBlockRows;
+  const int64_t blocks = matrices * blocks_of_each;
   if (parts.mask_bytes != static_cast<uint64_t>(blocks) * parts.columns * 2)
     return fail(error, "mask has " + number(parts.mask_bytes) + " bytes, N = " + number(parts.rows) +
                            " and K = " + number(parts.columns) + " need " + number(blocks * parts.columns * 2));
@@ -45,7 +47,9 @@ bool validate(const SparseFp32Parts& parts, SparseFp32* weight, std::string* err
                            " blocks need " + number(blocks + 1));
   if (parts.masks == nullptr || parts.values == nullptr || parts.block_offsets == nullptr)
     return fail(error, "mask, values or block_offsets has no data");
-  const SparseFp32 candidate{parts.rows, parts.columns, parts.masks, parts.values, parts.block_offsets};
+  const int64_t stored_rows = parts.gated ? blocks * kBlockRows : parts.rows;
+  const SparseFp32 candidate{stored_rows,  parts.columns,       parts.masks,
+                             parts.values, parts.block_offsets, parts.rows};
   if (candidate.offset(0) != 0)
     return fail(error, "block_offsets starts at " + number(candidate.offset(0)) + ", not at 0");
 
@@ -60,13 +64,13 @@ bool validate(const SparseFp32Parts& parts, SparseFp32* weight, std::string* err
   if (parts.value_count < static_cast<uint64_t>(expected) + kValuePadding)
     return fail(error, "values has " + number(parts.value_count) + " entries, the mask keeps " +
                            number(expected) + " and " + number(kValuePadding) + " of padding must follow");
-  const int64_t rows_in_last = parts.rows - (blocks - 1) * kBlockRows;
+  const int64_t rows_in_last = parts.rows - (blocks_of_each - 1) * kBlockRows;
   const unsigned absent = 0xffffu << rows_in_last & 0xffffu;
-  const uint8_t* last = candidate.block_masks(blocks - 1);
-  for (int64_t k = 0; absent != 0 && k < parts.columns; ++k) {
+  const uint8_t* last = candidate.block_masks(blocks - matrices);  // of each matrix, one after the other
+  for (int64_t k = 0; absent != 0 && k < matrices * parts.columns; ++k) {
     if ((last[2 * k] | last[2 * k + 1] << 8) & absent)
-      return fail(error,
-                  "mask keeps a weight of column " + number(k) + " in a row beyond N = " + number(parts.rows));
+      return fail(error, "mask keeps a weight of column " + number(k % parts.columns) +
+                             " in a row beyond N = " + number(parts.rows));
   }
   *weight = candidate;
   return true;

@@ -22,6 +22,11 @@ struct KernelRow {
   void (*pack)(const float* x, int64_t tokens, int64_t columns, int64_t tile, float* packed);
   /// Fewest tokens for which packing pays.
   int64_t prefill_min_tokens;
+
+  /// y[m, 16 i + r] = silu(z[m, 32 i + r]) z[m, 32 i + 16 + r] for every token m, r < 16 and
+  /// 16 i + r < outputs, where silu(z) = z / (1 + e^-z). z is dense, of whole pairs of blocks; y's tokens lie
+  /// `stride` apart.
+  void (*gate)(const float* z, int64_t tokens, int64_t outputs, float* y, int64_t stride);
 };
 
 extern const KernelRow kScalarRow;

@@ -10,7 +10,8 @@ struct Parallel {
   void* context;
 };
 
-/// y (tokens, rows) = x (tokens, columns) W^T with the kernels of `row`.
+/// y (tokens, outputs) = x (tokens, columns) W^T with the kernels of `row`; for a gated weight y is
+/// silu(x Wgate^T) times x Wup^T, element by element.
 /// Returns false if memory for the packed activations ran out; y is then unspecified.
 bool multiply(const KernelRow& row, const SparseFp32& w, const float* x, int64_t tokens, float* y,
               const Parallel& parallel) noexcept;

@@ -104,7 +104,7 @@ class Calls {
   Status* output(KernelContext* context, size_t index, const int64_t* dims, size_t rank, Value** value) const {
     return call<91, Status*>(context, index, dims, rank, value);
   }
-  /// count = 0 for `batches` means that each index is a task of its own.
+  /// Hands out `batches` runs of neighbouring indices to the session's threads; 0 means a run a thread.
   Status* parallel_for(const KernelContext* context, void (*task)(void*, size_t), size_t count, size_t batches,
                        void* argument) const {
     return call<274, Status*>(context, task, count, batches, argument);

@@ -9,7 +9,8 @@ namespace losa {
 
 /// The parts as they came from a file, none of them trusted.
 struct SparseFp32Parts {
-  int64_t rows, columns, layout;
+  int64_t rows, columns, layout;  // `rows` is N: of a gated weight, those of one of its two matrices
+  bool gated;
   const uint8_t* masks;
   size_t mask_bytes;
   const float* values;
