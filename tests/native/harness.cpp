@@ -45,23 +45,25 @@ class Buffer {
 };
 
 struct Weight {
-  int64_t rows, columns;
+  int64_t rows, columns;  // if gated, those of each of its two matrices
+  bool gated;
   std::vector<uint8_t> masks;
   std::vector<float> values;
   std::vector<int64_t> offsets;
-  std::vector<float> dense;  // [rows, columns]
+  std::vector<float> dense;  // [rows of all blocks, columns]
 };
 
-Weight make_weight(int64_t rows, int64_t columns, double density, std::mt19937& random) {
-  Weight w{rows, columns, {}, {}, {0}, std::vector<float>(rows * columns)};
-  const int64_t blocks = (rows + 15) / 16;
+Weight make_weight(int64_t rows, int64_t columns, bool gated, double density, std::mt19937& random) {
+  const int64_t matrices = gated ? 2 : 1;  // their blocks alternate
+  const int64_t blocks = (rows + 15) / 16 * matrices;
+  Weight w{rows, columns, gated, {}, {}, {0}, std::vector<float>(blocks * 16 * columns)};
   w.masks.resize(blocks * columns * 2);
   std::uniform_real_distribution<double> unit(0, 1);
   for (int64_t block = 0; block < blocks; ++block) {
     // Every third block is all kept, every fourth all absent, and some rows are empty.
     const double keep = block % 3 == 1 ? 1.0 : block % 4 == 2 ? 0.0 : density;
     for (int64_t k = 0; k < columns; ++k) {
-      for (int64_t r = 0; r < 16 && block * 16 + r < rows; ++r) {
+      for (int64_t r = 0; r < 16 && block / matrices * 16 + r < rows; ++r) {
         if (unit(random) >= keep || (r == 5 && keep < 1)) continue;
         const float value = static_cast<float>(unit(random) - 0.5);
         w.masks[(block * columns + k) * 2 + r / 8] |= static_cast<uint8_t>(1u << (r % 8));
@@ -90,7 +92,7 @@ void two_threads(void*, size_t count, void (*task)(void*, size_t), void* argumen
 
 std::vector<float> product(const KernelRow& row, const SparseFp32& w, const std::vector<float>& x,
                            int64_t tokens, const losa::Parallel& parallel) {
-  std::vector<float> y(tokens * w.rows, std::numeric_limits<float>::quiet_NaN());
+  std::vector<float> y(tokens * w.outputs, std::numeric_limits<float>::quiet_NaN());
   y.shrink_to_fit();
   if (!losa::multiply(row, w, x.data(), tokens, y.data(), parallel)) fail("out of memory");
   return y;
@@ -100,11 +102,38 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
 }
 
+struct Expected {
+  double value, tolerance;
+};
+
+/// A stored row times one token. Rounding of at most K additions, each to half a unit in the last place of
+/// float (2^-24).
+Expected dot(const float* row, const float* x, int64_t columns) {
+  double sum = 0, magnitude = 0;
+  for (int64_t k = 0; k < columns; ++k) {
+    const double term = static_cast<double>(row[k]) * x[k];
+    sum += term;
+    magnitude += std::fabs(term);
+  }
+  return {sum, (static_cast<double>(columns) + 8) * 6e-8 * magnitude};
+}
+
+Expected expected(const Weight& weight, int64_t n, const float* x) {
+  const int64_t columns = weight.columns;
+  if (!weight.gated) return dot(weight.dense.data() + n * columns, x, columns);
+  const float* gate_row = weight.dense.data() + (n / 16 * 32 + n % 16) * columns;
+  const Expected gate = dot(gate_row, x, columns), up = dot(gate_row + 16 * columns, x, columns);
+  const double silu = gate.value / (1 + std::exp(-gate.value));
+  // The slope of silu is at most 1.1; of itself it rounds four times and has an exponential within 2e-7.
+  return {silu * up.value, 1.1 * gate.tolerance * (std::fabs(up.value) + up.tolerance) +
+                               std::fabs(silu) * up.tolerance + 6e-7 * std::fabs(silu * up.value)};
+}
+
 void check_shape(const KernelRow& row, const Weight& weight, int64_t tokens, std::mt19937& random) {
   const Buffer masks(weight.masks.data(), weight.masks.size(), 1);
   const Buffer values(weight.values.data(), weight.values.size() * sizeof(float), 3);
   const Buffer offsets(weight.offsets.data(), weight.offsets.size() * sizeof(int64_t), 5);
-  const losa::SparseFp32Parts parts{weight.rows, weight.columns, losa::kLayoutN16,
+  const losa::SparseFp32Parts parts{weight.rows, weight.columns, losa::kLayoutN16, weight.gated,
                                     masks.as<uint8_t>(), weight.masks.size(),
                                     values.as<float>(), weight.values.size(),
                                     offsets.as<int64_t>(), weight.offsets.size()};
@@ -117,20 +146,12 @@ void check_shape(const KernelRow& row, const Weight& weight, int64_t tokens, std
   for (float& value : x) value = unit(random);
   x.shrink_to_fit();
   const std::vector<float> y = product(row, w, x, tokens, {serial, nullptr});
-  const std::string where = std::string(row.name) + " N=" + std::to_string(weight.rows) +
+  const std::string where = std::string(row.name) + (weight.gated ? " gated" : "") + " N=" + std::to_string(weight.rows) +
                             " K=" + std::to_string(weight.columns) + " M=" + std::to_string(tokens);
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t n = 0; n < weight.rows; ++n) {
-      double expected = 0, magnitude = 0;
-      for (int64_t k = 0; k < weight.columns; ++k) {
-        const double weight_at = weight.dense[n * weight.columns + k];
-        const double term = weight_at * x[t * weight.columns + k];
-        expected += term;
-        magnitude += std::fabs(term);
-      }
-      // Rounding of at most K additions, each to half a unit in the last place of float (2^-24).
-      const double tolerance = (static_cast<double>(weight.columns) + 8) * 6e-8 * magnitude;
-      if (!(std::fabs(y[t * weight.rows + n] - expected) <= tolerance))
+      const Expected e = expected(weight, n, x.data() + t * weight.columns);
+      if (!(std::fabs(y[t * weight.rows + n] - e.value) <= e.tolerance))
         return fail(where + ": y[" + std::to_string(t) + ", " + std::to_string(n) + "]");
     }
   }
@@ -140,9 +161,11 @@ void check_shape(const KernelRow& row, const Weight& weight, int64_t tokens, std
   if (tokens > 0) {
     x[0] = std::numeric_limits<float>::infinity();
     const std::vector<float> tainted = product(row, w, x, tokens, {serial, nullptr});
-    for (int64_t n = 0; n < weight.rows; ++n)
-      if (weight.dense[n * weight.columns] != 0 && std::isfinite(tainted[n]))
+    for (int64_t n = 0; n < weight.rows; ++n) {
+      const int64_t stored = weight.gated ? n / 16 * 32 + n % 16 : n;
+      if (weight.dense[stored * weight.columns] != 0 && std::isfinite(tainted[n]))
         fail(where + ": infinity is lost");
+    }
     for (int64_t i = weight.rows; i < tokens * weight.rows; ++i)
       if (!std::isfinite(tainted[i])) return fail(where + ": infinity of one token reached another");
   }
@@ -152,9 +175,9 @@ void check_shape(const KernelRow& row, const Weight& weight, int64_t tokens, std
 void fuzz(const std::vector<const KernelRow*>& rows, int rounds, std::mt19937& random) {
   int accepted = 0;
   for (int round = 0; round < rounds; ++round) {
-    Weight weight = make_weight(1 + random() % 40, 1 + random() % 20, 0.4, random);
+    Weight weight = make_weight(1 + random() % 40, 1 + random() % 20, random() % 2 == 0, 0.4, random);
     int64_t layout = losa::kLayoutN16;
-    switch (random() % 8) {
+    switch (random() % 9) {
       case 0: weight.rows += static_cast<int64_t>(random() % 40) - 20; break;
       case 1: weight.columns += static_cast<int64_t>(random() % 8) - 4; break;
       case 2: weight.masks[random() % weight.masks.size()] ^= static_cast<uint8_t>(1u << random() % 8); break;
@@ -162,13 +185,15 @@ void fuzz(const std::vector<const KernelRow*>& rows, int rounds, std::mt19937& r
       case 4: weight.offsets[random() % weight.offsets.size()] = static_cast<int64_t>(random()) << 31; break;
       case 5: weight.values.resize(random() % (weight.values.size() + 4)); break;
       case 6: weight.masks.resize(random() % (weight.masks.size() + 4)); break;
+      case 7: weight.gated = !weight.gated; break;
       default: layout = static_cast<int64_t>(random() % 3); break;
     }
     weight.masks.shrink_to_fit();
     weight.values.shrink_to_fit();
-    const losa::SparseFp32Parts parts{weight.rows,          weight.columns,       layout,
-                                      weight.masks.data(),  weight.masks.size(),  weight.values.data(),
-                                      weight.values.size(), weight.offsets.data(), weight.offsets.size()};
+    const losa::SparseFp32Parts parts{weight.rows,           weight.columns,        layout,
+                                      weight.gated,          weight.masks.data(),   weight.masks.size(),
+                                      weight.values.data(),  weight.values.size(),  weight.offsets.data(),
+                                      weight.offsets.size()};
     SparseFp32 w{};
     std::string error;
     if (!losa::validate(parts, &w, &error)) {
@@ -202,11 +227,13 @@ int main() {
     int cases = 0;
     for (const auto& shape : shapes) {
       for (double density : {0.0, 0.3, 0.6, 1.0}) {
-        const Weight weight = make_weight(shape[0], shape[1], density, random);
-        for (int64_t tokens : {0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 20, 24, 33, 64, 128, 130}) {
-          if (tokens > 40 && density == 0.0) continue;
-          check_shape(*row, weight, tokens, random);
-          ++cases;
+        for (bool gated : {false, true}) {
+          const Weight weight = make_weight(shape[0], shape[1], gated, density, random);
+          for (int64_t tokens : {0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 20, 24, 33, 64, 128, 130}) {
+            if (tokens > 40 && density == 0.0) continue;
+            check_shape(*row, weight, tokens, random);
+            ++cases;
+          }
         }
       }
     }

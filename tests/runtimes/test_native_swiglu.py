@@ -68,7 +68,8 @@ def activations(tokens: int, columns: int, seed: int = 1) -> NDArray[np.float32]
 
 
 def silu(z: NDArray[np.float64]) -> NDArray[np.float64]:
-    return z / (1 + np.exp(-z))
+    result: NDArray[np.float64] = z / (1 + np.exp(-z))
+    return result
 
 
 def assert_swiglu(y: NDArray[np.float32], x: NDArray[np.float32], pair: Pair) -> None:
