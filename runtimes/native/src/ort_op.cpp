@@ -73,13 +73,13 @@ Status* constant(const Calls& calls, const ort::KernelInfo* info, const std::str
   if (Status* status = calls.constant_input(info, index, &is_constant, &value)) return status;
   if (!is_constant || value == nullptr)
     return format_error(calls, where, std::string("input '") + kInputNames[index] +
-                                   "' is not an initializer; the weight must be constant");
+                                    "' is not an initializer; the weight must be constant");
   std::vector<int64_t> dims;
   int type = 0;
   if (Status* status = describe_tensor(calls, value, &dims, &type)) return status;
   if (type != kInputTypes[index])
     return format_error(calls, where, std::string("input '") + kInputNames[index] + "' has element type " +
-                                   std::to_string(type) + ", not " + std::to_string(kInputTypes[index]));
+                                    std::to_string(type) + ", not " + std::to_string(kInputTypes[index]));
   *count = 1;
   for (int64_t dim : dims) *count *= static_cast<size_t>(dim);
   void* pointer = nullptr;
