@@ -124,7 +124,7 @@ def test_a_corrupted_sparse_weight_is_refused_at_load(pruned: Path, kernels: Pat
 
     folder = tmp_path / "onnx"
     export(ExportConfig(pruned, folder, gate=False, progress=False))
-    stored = check_external_data(folder).tensors["model.layers.1.mlp.up_proj.weight.mask"]
+    stored = check_external_data(folder).tensors["model.layers.1.mlp.down_proj.weight.mask"]
     assert stored.path is not None
     with stored.path.open("r+b") as file:
         file.seek(stored.offset)
