@@ -117,7 +117,7 @@ def _add_threads(parser: argparse.ArgumentParser) -> None:
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=None, metavar="DIR_OR_HUB_ID", help="instead of the embedded SmolLM2-135M")
     parser.add_argument("--text", type=Path, nargs="+", default=(), metavar="FILE", help="instead of the embedded text")
-    parser.add_argument("--sparsity", type=_fraction, default=0.7, metavar="S", help="zeros, e.g. 0.5 (default: 0.7)")
+    parser.add_argument("--sparsity", type=_fraction, default=0.5, metavar="S", help="zeros, e.g. 70%% (default: 0.5)")
     parser.add_argument(
         "--quick", action="store_true", help="about 5 minutes instead of 20: less tuning, fewer samples"
     )

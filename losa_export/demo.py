@@ -32,6 +32,7 @@ class DemoEffort:
         calibration_windows: windows of `window` tokens for the activation statistics of a round.
         window: tokens in a window of calibration and tuning.
         batch_size: windows in an optimizer step.
+        learning_rate: its peak.
         perplexity_windows, perplexity_window: validation text that is scored.
         bench_seconds: timed part of each of the two benchmarks, at most.
     """
@@ -41,13 +42,15 @@ class DemoEffort:
     calibration_windows: int
     window: int
     batch_size: int
+    learning_rate: float
     perplexity_windows: int
     perplexity_window: int
     bench_seconds: float
 
 
-FULL = DemoEffort(600.0, 5, 32, 256, 4, 24, 512, 75.0)
-QUICK = DemoEffort(100.0, 3, 8, 256, 4, 8, 256, 20.0)
+# Few rounds and small steps: with some ten thousand tokens of tuning, updates are what is scarce.
+FULL = DemoEffort(540.0, 3, 16, 256, 2, 2e-3, 24, 512, 90.0)
+QUICK = DemoEffort(100.0, 2, 8, 256, 2, 2e-3, 8, 256, 20.0)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class DemoConfig:
     output: Path
     model: str | None = None
     texts: tuple[Path, ...] = ()
-    sparsity_fraction: float = 0.7
+    sparsity_fraction: float = 0.5
     quick: bool = False
     threads: int | None = None
     overwrite: bool = False
@@ -278,6 +281,7 @@ class _Demo:
             rounds=effort.rounds,
             time_budget_seconds=effort.train_seconds,
             batch_size=effort.batch_size,
+            learning_rate=effort.learning_rate,
             window=effort.window,
             calibration_windows=effort.calibration_windows,
         )

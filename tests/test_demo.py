@@ -17,6 +17,7 @@ EFFORT = DemoEffort(
     calibration_windows=2,
     window=32,
     batch_size=2,
+    learning_rate=1e-3,
     perplexity_windows=4,
     perplexity_window=32,
     bench_seconds=1.0,

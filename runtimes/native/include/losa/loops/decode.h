@@ -10,8 +10,9 @@ struct Decode {
   using From = Expand<V>;
   static constexpr int kParts = From::kParts;
   static constexpr int64_t kMaxTokens = 6;  // their sums and a column fit in 16 registers of 8 lanes
-  // Values are one long stream; the processor's own prefetching stops at each page.
-  static constexpr int64_t kPrefetchBytes = 1024;
+  // Values are one long stream; the processor's own prefetching stops at each page. Memory takes about
+  // 130 ns to answer, in which a core comes 2 KiB of values further; half the distance is 5 % slower.
+  static constexpr int64_t kPrefetchBytes = 2048;
 
   template <int Tokens, int Sums>
   LOSA_INLINE static void add_column(const uint8_t* masks, uint64_t kept, const float* values, int column,
