@@ -306,10 +306,10 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from losa_export.export import ExportConfig, export
+    from losa_export.export import ExportConfig, export_onnx
     from losa_export.sources import resolve_model
 
-    report = export(
+    report = export_onnx(
         ExportConfig(
             source=resolve_model(arguments.source),
             output=arguments.output,

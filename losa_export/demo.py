@@ -309,9 +309,9 @@ class _Demo:
 
     def _export(self, source: Path, name: str, weights: str) -> None:
         def make() -> None:
-            from losa_export.export import ExportConfig, export
+            from losa_export.export import ExportConfig, export_onnx
 
-            export(ExportConfig(source=source, output=self.out / name, weights=weights))  # type: ignore[arg-type]
+            export_onnx(ExportConfig(source=source, output=self.out / name, weights=weights))  # type: ignore[arg-type]
 
         self._do(f"exporting {source.name} to ONNX ({weights}), with the gate", name, make)
 

@@ -102,7 +102,7 @@ class ExportReport:
         return "\n".join(lines)
 
 
-def export(config: ExportConfig) -> ExportReport:
+def export_onnx(config: ExportConfig) -> ExportReport:
     """Write one ONNX model with everything that runs it.
 
     Raises:

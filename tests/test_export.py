@@ -30,7 +30,7 @@ from losa_export.errors import (
     OutputError,
     UnsupportedArchitectureError,
 )
-from losa_export.export import ExportConfig, export
+from losa_export.export import ExportConfig, export_onnx
 from losa_export.files import sha256_of
 from losa_export.graph.external import ExternalDataWriter, check_external_data
 from losa_export.graph.formats import FORMATS, EncodedWeight
@@ -91,7 +91,7 @@ def refused(tmp_path: Path) -> Iterator[Callable[..., LosaError]]:
     def run(kind: type[LosaError], message: str, config: ExportConfig) -> LosaError:
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(kind, match=message) as caught:
-            export(config)
+            export_onnx(config)
         assert sorted(tmp_path.rglob("*")) == before
         return caught.value
 
@@ -102,7 +102,7 @@ def refused(tmp_path: Path) -> Iterator[Callable[..., LosaError]]:
 
 
 def test_a_dense_checkpoint_becomes_a_dense_folder_with_all_its_parts(dense: Path, tmp_path: Path) -> None:
-    report = export(quick(dense, tmp_path / "onnx"))
+    report = export_onnx(quick(dense, tmp_path / "onnx"))
     assert {path.name for path in (tmp_path / "onnx").iterdir()} == {
         "model.onnx",
         "model.onnx.data",
@@ -119,7 +119,7 @@ def test_a_dense_checkpoint_becomes_a_dense_folder_with_all_its_parts(dense: Pat
 
 def test_a_sparse_checkpoint_becomes_sparse_by_default_and_keeps_its_pattern(sparse: Path, tmp_path: Path) -> None:
     masks = load_masks_of(sparse)
-    report = export(quick(sparse, tmp_path / "onnx"))
+    report = export_onnx(quick(sparse, tmp_path / "onnx"))
     record = manifest(tmp_path / "onnx")
     assert report.weights == record["weights"] == "sparse"
     assert record["mask_source"] == "masks.safetensors"
@@ -138,7 +138,7 @@ def load_masks_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 def test_the_written_weights_decode_to_the_checkpoint_bit_for_bit(sparse: Path, tmp_path: Path) -> None:
-    export(quick(sparse, tmp_path / "onnx"))
+    export_onnx(quick(sparse, tmp_path / "onnx"))
     opened, masks, source = check_external_data(tmp_path / "onnx"), load_masks_of(sparse), open_checkpoint(sparse)
     nodes = [node for node in opened.proto.graph.node if node.domain == "losa.sparse"]
     seen = []
@@ -163,7 +163,7 @@ def test_the_written_weights_decode_to_the_checkpoint_bit_for_bit(sparse: Path, 
 
 def test_zeros_without_stored_masks_are_read_off_the_weights(dense: Path, tmp_path: Path) -> None:
     masks = prune(dense, with_masks=False)
-    export(quick(dense, tmp_path / "onnx"))
+    export_onnx(quick(dense, tmp_path / "onnx"))
     record = manifest(tmp_path / "onnx")
     assert record["mask_source"] == "nonzero"
     assert record["tensors"][Q_PROJ]["mask_sha256"] == digest(masks[Q_PROJ])
@@ -171,14 +171,14 @@ def test_zeros_without_stored_masks_are_read_off_the_weights(dense: Path, tmp_pa
 
 def test_few_zeros_do_not_make_a_checkpoint_sparse(dense: Path, tmp_path: Path) -> None:
     prune(dense, with_masks=False, density=0.9)
-    assert export(quick(dense, tmp_path / "onnx")).weights == "dense"
+    assert export_onnx(quick(dense, tmp_path / "onnx")).weights == "dense"
     assert manifest(tmp_path / "onnx")["mask_source"] == "none"
 
 
 def test_dense_weights_of_a_sparse_checkpoint_answer_the_same(sparse: Path, tmp_path: Path) -> None:
-    report = export(quick(sparse, tmp_path / "dense-onnx", weights="dense"))
+    report = export_onnx(quick(sparse, tmp_path / "dense-onnx", weights="dense"))
     assert report.weights == "dense"
-    export(quick(sparse, tmp_path / "sparse-onnx"))
+    export_onnx(quick(sparse, tmp_path / "sparse-onnx"))
     tokens = [greedy(tmp_path / name, "ort-stock") for name in ("dense-onnx", "sparse-onnx")]
     assert tokens[0] == tokens[1]
 
@@ -190,7 +190,7 @@ def test_our_kernels_and_the_stock_engine_give_the_same_tokens_from_one_file(spa
         native.library_path()
     except KernelError as error:
         pytest.skip(f"needs the compiled kernels: {error}")
-    export(quick(sparse, tmp_path / "onnx"))
+    export_onnx(quick(sparse, tmp_path / "onnx"))
     assert greedy(tmp_path / "onnx", "ort") == greedy(tmp_path / "onnx", "ort-stock")
 
 
@@ -211,7 +211,7 @@ def greedy(folder: Path, name: Any, count: int = 24) -> list[int]:
 def test_genai_opens_the_dense_folder_and_continues_with_the_same_tokens(dense: Path, tmp_path: Path) -> None:
     genai = pytest.importorskip("onnxruntime_genai", reason="needs the 'bench' extra")
     (dense / "generation_config.json").write_text(json.dumps({"eos_token_id": 3}))
-    export(quick(dense, tmp_path / "onnx"))
+    export_onnx(quick(dense, tmp_path / "onnx"))
     model = genai.Model(str(tmp_path / "onnx"))
     settings = genai.GeneratorParams(model)
     settings.set_search_options(max_length=5 + 24, do_sample=False)
@@ -225,7 +225,7 @@ def test_genai_opens_the_dense_folder_and_continues_with_the_same_tokens(dense: 
 
 
 def test_the_manifest_lists_every_file_with_its_hash(sparse: Path, tmp_path: Path) -> None:
-    export(quick(sparse, tmp_path / "onnx"))
+    export_onnx(quick(sparse, tmp_path / "onnx"))
     record = manifest(tmp_path / "onnx")
     others = {path.name for path in (tmp_path / "onnx").iterdir()} - {"export.json"}
     assert set(record["files"]) == others
@@ -239,7 +239,7 @@ def test_the_manifest_lists_every_file_with_its_hash(sparse: Path, tmp_path: Pat
 
 def test_two_exports_of_one_checkpoint_are_the_same_bytes(sparse: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
-        export(quick(sparse, tmp_path / name))
+        export_onnx(quick(sparse, tmp_path / name))
     assert manifest(tmp_path / "first") == manifest(tmp_path / "second")
 
 
@@ -248,14 +248,14 @@ def test_an_untied_head_is_exported(tmp_path: Path, dense: Path) -> None:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][::-1].copy()
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
     change_config(dense, tie_word_embeddings=False)
-    export(quick(dense, tmp_path / "onnx"))
+    export_onnx(quick(dense, tmp_path / "onnx"))
     assert "lm_head.weight" in check_external_data(tmp_path / "onnx").tensors
 
 
 def test_overwrite_replaces_a_former_export(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "old").write_text("old")
-    export(quick(dense, tmp_path / "onnx", overwrite=True))
+    export_onnx(quick(dense, tmp_path / "onnx", overwrite=True))
     assert not (tmp_path / "onnx" / "old").exists()
     assert (tmp_path / "onnx" / "model.onnx").exists()
 
@@ -267,7 +267,7 @@ def test_the_memory_of_building_does_not_grow_with_the_number_of_blocks(tmp_path
         write_deep_checkpoint(source, blocks)
         sizes.append((source / "model.safetensors").stat().st_size)
         tracemalloc.start()
-        export(quick(source, tmp_path / f"onnx{blocks}"))
+        export_onnx(quick(source, tmp_path / f"onnx{blocks}"))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     # nodes and names do grow, by some 70 kilobytes a block; its weights are 2.6 MB
@@ -316,7 +316,7 @@ def test_the_gate_takes_the_stored_reference_where_torch_is_missing(
     profile: Any, dense: Path, reference: Reference, tmp_path: Path
 ) -> None:
     save_reference(dense / "reference.safetensors", reference)
-    report = export(quick(dense, tmp_path / "onnx", gate=True, profile=profile))
+    report = export_onnx(quick(dense, tmp_path / "onnx", gate=True, profile=profile))
     figures = manifest(tmp_path / "onnx")["gate"]
     assert figures["reference"] == "stored"
     assert figures["runtime"] == "ort-stock"
@@ -328,7 +328,7 @@ def test_the_gate_takes_the_stored_reference_where_torch_is_missing(
 
 def test_the_gate_runs_torch_in_a_process_of_its_own(sparse: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="needs the 'train' extra")
-    export(quick(sparse, tmp_path / "onnx", gate=True))
+    export_onnx(quick(sparse, tmp_path / "onnx", gate=True))
     figures = manifest(tmp_path / "onnx")["gate"]
     assert figures["reference"] == "torch"
     assert figures["runtime"] in ("ort", "ort-stock")

@@ -19,10 +19,10 @@ pytest.importorskip("onnx_ir", reason="needs the extra 'export'")
 
 
 def _export(source, output, weights):
-    from losa_export.export import ExportConfig, export
+    from losa_export.export import ExportConfig, export_onnx
 
     # The gate has tests of its own, and would start torch in another process here.
-    export(ExportConfig(source, output, weights=weights, gate=False, progress=False))
+    export_onnx(ExportConfig(source, output, weights=weights, gate=False, progress=False))
     return output
 
 

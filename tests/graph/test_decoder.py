@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from losa_export.errors import KernelError
-from losa_export.export import ExportConfig, export
+from losa_export.export import ExportConfig, export_onnx
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -66,7 +66,7 @@ def weights(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def folder(family: Any, profile: Any, weights: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("export") / "onnx"
-    report = export(ExportConfig(family.folder, output, profile, weights, gate=False, progress=False))
+    report = export_onnx(ExportConfig(family.folder, output, profile, weights, gate=False, progress=False))
     assert report.weights == weights
     return output
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 pytest.importorskip("onnx_ir", reason="needs the extra 'export'")
 
 from losa_export.errors import FormatError
-from losa_export.export import ExportConfig, export
+from losa_export.export import ExportConfig, export_onnx
 from losa_export.runtimes.base import Runtime
 from losa_export.runtimes.generate import GenerationConfig, generate_text, generate_tokens
 from losa_export.runtimes.loader import load_runtime
@@ -45,7 +45,7 @@ def pruned(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def exported(request: pytest.FixtureRequest, pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     profile, weights = request.param.split("-")
     folder = tmp_path_factory.mktemp("exported") / "onnx"
-    export(ExportConfig(pruned, folder, profile=profile, weights=weights, gate=False, progress=False))
+    export_onnx(ExportConfig(pruned, folder, profile=profile, weights=weights, gate=False, progress=False))
     return folder
 
 
@@ -123,7 +123,7 @@ def test_a_corrupted_sparse_weight_is_refused_at_load(pruned: Path, kernels: Pat
     from losa_export.graph.external import check_external_data
 
     folder = tmp_path / "onnx"
-    export(ExportConfig(pruned, folder, gate=False, progress=False))
+    export_onnx(ExportConfig(pruned, folder, gate=False, progress=False))
     stored = check_external_data(folder).tensors["model.layers.1.mlp.down_proj.weight.mask"]
     assert stored.path is not None
     with stored.path.open("r+b") as file:
