@@ -56,17 +56,15 @@ def run_gate(checkpoint: Path, folder: Path, source: Truth, *, sparse: bool) -> 
     """
     from losa_export.eval.parity import gate
     from losa_export.reference import compute_reference_apart
-    from losa_export.runtimes.base import RuntimeName
-    from losa_export.runtimes.loader import load_runtime
+    from losa_export.runtimes.ort import OrtRuntime
 
     if source == "torch":
         with tempfile.TemporaryDirectory(prefix="losa-reference-") as scratch:
             reference = compute_reference_apart(checkpoint, Path(scratch) / "reference.safetensors")
     else:
         reference = _stored_reference(checkpoint)
-    # The record says which one answered.
-    name: RuntimeName = "ort" if sparse and _has_native_library() else "ort-stock"
-    runtime = load_runtime(name, folder)
+    # The record says which engine answered. Without packed copies its weights stay those of the mapped file.
+    runtime = OrtRuntime.load(folder, custom_op=sparse and _has_native_library(), prepack=False)
     try:
         report = gate(reference, runtime)
         return {**report.as_dict(), "reference": source, "engine": runtime.describe().as_dict()}

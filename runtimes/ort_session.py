@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 import onnxruntime as ort
 
 from losa_export.errors import CheckpointError, FormatError, KernelError, LosaError, RuntimeFailureError
+from losa_export.onnx_file import MODEL_FILE, check_references
 from losa_export.runtimes import native
-from losa_export.runtimes.onnx_file import MODEL_FILE, check_references
 
 _FATAL = 4  # log severity: errors arrive as exceptions, so the log lines beside them would only repeat
 _SPARSE_DOMAIN = "losa.sparse"

@@ -17,12 +17,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from losa_export.errors import FormatError, UnsafePathError
-from losa_export.files import safe_child
+from losa_export.onnx_file import MODEL_FILE as MODEL_FILE
+from losa_export.onnx_file import check_references
 
 if TYPE_CHECKING:
     import onnx
 
-MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 
 ALIGNMENT = 4096
@@ -157,31 +157,14 @@ def check_external_data(folder: Path) -> ModelFolder:
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    path = safe_child(folder, MODEL_FILE)
+    check_references(folder)
+    path = folder / MODEL_FILE
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except DecodeError as error:
         raise FormatError(f"'{path}' is not an ONNX model ({error}); export it again", path=path) from error
-    for tensor in _nested_tensors(proto):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            _stored(folder, tensor)
     tensors = {tensor.name: _stored(folder, tensor) for tensor in proto.graph.initializer}
     return ModelFolder(folder, proto, tensors)
-
-
-def _nested_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Tensors in node attributes, of subgraphs and functions too: those can be external as well."""
-    nodes = [*proto.graph.node]
-    for function in proto.functions:
-        nodes.extend(function.node)
-    for sparse in proto.graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    while nodes:
-        for attribute in nodes.pop().attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for graph in (attribute.g, *attribute.graphs):
-                yield from graph.initializer
-                nodes.extend(graph.node)
 
 
 def _stored(folder: Path, tensor: onnx.TensorProto) -> StoredTensor:
@@ -192,14 +175,12 @@ def _stored(folder: Path, tensor: onnx.TensorProto) -> StoredTensor:
     size = int(np.prod(shape)) * dtype.itemsize
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return StoredTensor(tensor.name, dtype, shape, None, 0, size)
+    # The reference itself is safe and well formed: check_references has seen it.
     facts = {entry.key: entry.value for entry in tensor.external_data}
-    path = safe_child(folder, facts.get("location", ""))
-    try:
-        offset, length = int(facts.get("offset", "0")), int(facts.get("length", size))
-    except ValueError as error:
-        raise FormatError(f"tensor '{tensor.name}' in '{folder}' has a bad offset or length: export again") from error
+    path = folder / facts["location"]
+    offset, length = int(facts.get("offset", "0")), int(facts.get("length", size))
     available = path.stat().st_size
-    if offset < 0 or length != size or offset + length > available:
+    if length != size or offset + length > available:
         raise FormatError(
             f"tensor '{tensor.name}' needs {size} bytes; '{path}' ({available} bytes) is said to hold {length} at "
             f"{offset}: the file is truncated or belongs to another model, export again",

@@ -13,11 +13,11 @@ pytest.importorskip("onnx_ir", reason="needs the extra 'export'")
 
 from losa_export.errors import FormatError
 from losa_export.export import ExportConfig, export_onnx
+from losa_export.onnx_file import check_references
 from losa_export.runtimes.base import Runtime
 from losa_export.runtimes.generate import GenerationConfig, generate_text, generate_tokens
 from losa_export.runtimes.loader import load_runtime
 from losa_export.runtimes.native import describe
-from losa_export.runtimes.onnx_file import check_references
 
 # float32, logits of order 5 after two blocks; each engine sums in its own order
 TOLERANCE = 5e-5

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from losa_export.errors import FormatError, InputError, LosaError, UnsafePathError
-from losa_export.runtimes.onnx_file import check_references
+from losa_export.onnx_file import check_references
 
 
 def external(name: str, location: str, **facts: object) -> TensorProto:
