@@ -7,6 +7,7 @@ interrupted demo goes on where it stopped, in the midst of training as well.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -150,9 +151,9 @@ class DemoReport:
             f"measurements       {output / 'bench.json'}",
             "",
             "Try next:",
-            f'  losa generate {output / "onnx"} "Tell me about the sea."',
-            f"  losa-export {output / 'merged'} --format onnx -o {output / 'again'}",
-            f"  losa bench {output / 'onnx'} --against {output / 'dense-onnx'}",
+            f'  {_program("losa")} generate {output / "onnx"} "Tell me about the sea."',
+            f"  {_program('losa-export')} {output / 'merged'} --format onnx -o {output / 'again'}",
+            f"  {_program('losa')} bench {output / 'onnx'} --against {output / 'dense-onnx'}",
         ]
         return "\n".join(lines)
 
@@ -164,6 +165,14 @@ class DemoReport:
     def as_dict(self) -> dict[str, Any]:
         """The rows as plain JSON values."""
         return {"rows": [asdict(row) for row in self.rows], "threads": self.threads, "seconds": self.seconds}
+
+
+def _program(name: str) -> str:
+    """How the user can call one of our commands: by its name where the shell finds it, else by its path."""
+    beside = Path(sys.executable).with_name(name)
+    if shutil.which(name) is not None or not beside.exists():
+        return name
+    return str(beside.relative_to(Path.cwd())) if beside.is_relative_to(Path.cwd()) else str(beside)
 
 
 def _ratio_cell(estimate: tuple[float, float, float] | None) -> str:
@@ -200,8 +209,6 @@ def _open_output(config: DemoConfig) -> None:
     sources = [Path(config.model)] if config.model and Path(config.model).is_dir() else []
     check_output(config.output, overwrite=config.overwrite, inputs=[*sources, *config.texts])
     if config.output.is_dir():
-        import shutil
-
         shutil.rmtree(config.output)
     config.output.mkdir(parents=True)
     write_text_atomic(record, json.dumps({"config": wanted}, indent=2) + "\n")

@@ -63,7 +63,7 @@ class Progress:
     def _print_line(self, *, finished: bool) -> None:
         self._last_line = time.monotonic()
         left = self.seconds_left()
-        parts = [f"{self.description}: {self.done:g}/{self.total:g} {self.unit}"]
+        parts = [f"{self.description}: {_amount(self.done)}/{_amount(self.total)} {self.unit}"]
         parts += [f"{name} {value}" for name, value in self._fields.items()]
         if finished:
             parts.append(f"done in {duration(time.monotonic() - self._start)}")
@@ -98,6 +98,11 @@ class _LiveBar:
 
     def update(self, done: float, facts: str) -> None:
         self._progress.update(self._task, completed=done, facts=facts)
+
+
+def _amount(number: float) -> str:
+    """A count in three digits at least: "2", "12.5", "1284"."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def duration(seconds: float) -> str:

@@ -28,6 +28,12 @@ def test_plain_lines_carry_count_fields_and_time_left(
     assert "done in" in lines[1]
 
 
+def test_amounts_are_short(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("reading", 12345.678, "tokens") as bar:
+        bar.advance(12.3456)
+    assert capsys.readouterr().err.startswith("reading: 12.3/12346 tokens")
+
+
 def test_silent_when_disabled(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("tuning", 1, enabled=False) as bar:
         bar.advance()
