@@ -36,6 +36,7 @@ class DemoEffort:
         learning_rate: its peak.
         perplexity_windows, perplexity_window: validation text that is scored.
         bench_seconds: timed part of each of the two benchmarks, at most.
+        warmup_blocks: untimed blocks before it, at most.
     """
 
     train_seconds: float
@@ -47,11 +48,12 @@ class DemoEffort:
     perplexity_windows: int
     perplexity_window: int
     bench_seconds: float
+    warmup_blocks: int
 
 
 # Few rounds and small steps: with some ten thousand tokens of tuning, updates are what is scarce.
-FULL = DemoEffort(540.0, 3, 16, 256, 2, 2e-3, 24, 512, 90.0)
-QUICK = DemoEffort(100.0, 2, 8, 256, 2, 2e-3, 8, 256, 20.0)
+FULL = DemoEffort(540.0, 3, 16, 256, 2, 2e-3, 24, 512, 90.0, 6)
+QUICK = DemoEffort(60.0, 2, 8, 256, 2, 2e-3, 8, 256, 15.0, 2)
 
 
 @dataclass(frozen=True)
@@ -361,6 +363,7 @@ class _Demo:
                     threads=self.config.threads,
                     max_seconds=seconds,
                     min_seconds=min(10.0, seconds),
+                    max_warmup_blocks=self.effort.warmup_blocks,
                 )
             )
             report.write(self.out / name)

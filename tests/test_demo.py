@@ -21,6 +21,7 @@ EFFORT = DemoEffort(
     perplexity_windows=4,
     perplexity_window=32,
     bench_seconds=1.0,
+    warmup_blocks=1,
 )
 
 
