@@ -52,8 +52,30 @@ class DemoEffort:
 
 
 # Few rounds and small steps: with some ten thousand tokens of tuning, updates are what is scarce.
-FULL = DemoEffort(540.0, 3, 16, 256, 2, 2e-3, 24, 512, 90.0, 6)
-QUICK = DemoEffort(60.0, 2, 8, 256, 2, 2e-3, 8, 256, 15.0, 2)
+FULL = DemoEffort(
+    train_seconds=540.0,
+    rounds=3,
+    calibration_windows=16,
+    window=256,
+    batch_size=2,
+    learning_rate=2e-3,
+    perplexity_windows=24,
+    perplexity_window=512,
+    bench_seconds=90.0,
+    warmup_blocks=6,
+)
+QUICK = DemoEffort(
+    train_seconds=60.0,
+    rounds=2,
+    calibration_windows=8,
+    window=256,
+    batch_size=2,
+    learning_rate=2e-3,
+    perplexity_windows=8,
+    perplexity_window=256,
+    bench_seconds=15.0,
+    warmup_blocks=2,
+)
 
 
 @dataclass(frozen=True)
