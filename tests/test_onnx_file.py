@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from losa_export.errors import FormatError, InputError, LosaError, UnsafePathError
+from losa_export.export import ExportConfig, export_onnx
 from losa_export.onnx_file import check_references
 
 
@@ -63,8 +64,16 @@ def test_a_reference_that_leaves_the_folder_is_refused(tmp_path: Path, place: st
         check_references(tmp_path)
 
 
-def test_a_model_that_is_a_link_is_refused(tmp_path: Path, shared_folder: Path) -> None:
-    (tmp_path / "model.onnx").symlink_to(shared_folder / "model.onnx")
+@pytest.fixture(scope="module")
+def decoder_folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole decoder, as the exporter writes it."""
+    folder = tmp_path_factory.mktemp("decoder") / "onnx"
+    export_onnx(ExportConfig(tiny_checkpoint, folder, gate=False, progress=False))
+    return folder
+
+
+def test_a_model_that_is_a_link_is_refused(tmp_path: Path, decoder_folder: Path) -> None:
+    (tmp_path / "model.onnx").symlink_to(decoder_folder / "model.onnx")
     with pytest.raises(UnsafePathError, match="is a symbolic link"):
         check_references(tmp_path)
 
@@ -120,9 +129,9 @@ def test_endless_nesting_is_refused(tmp_path: Path) -> None:
 @settings(max_examples=60)
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_read_but_never_crashes(
-    tmp_path_factory: pytest.TempPathFactory, shared_folder: Path, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, decoder_folder: Path, data: st.DataObject
 ) -> None:
-    content = bytearray((shared_folder / "model.onnx").read_bytes())
+    content = bytearray((decoder_folder / "model.onnx").read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     del content[data.draw(st.integers(0, len(content))) :]

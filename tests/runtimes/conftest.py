@@ -8,14 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from numpy.typing import NDArray
 
 from losa_export.errors import KernelError
-
-# No test here is about speed, and a busy machine makes any example slow now and then.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, POSITIONS = 40, 32, 2, 1, 16, 48
 
