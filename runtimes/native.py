@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ LIBRARY_NAME = "liblosa_kernels.so"
 LIBRARY_VARIABLE = "LOSA_LIBRARY"
 LAYOUT_N16 = 1
 BLOCK_ROWS = 16
-VALUE_PADDING = 16
+VALUE_PADDING = 64  # bytes
 
 _FORMAT_ERROR, _KERNEL_ERROR, _OUT_OF_MEMORY = 1, 2, 3  # as in c_api.cpp
 _ERROR_BYTES = 512
@@ -50,26 +50,41 @@ class KernelInfo:
     library: Path
 
 
-@dataclass(frozen=True)
-class SparseFp32:
-    """A weight (rows, columns) in the compressed form of `losa.sparse::SparseMatMulFp32`.
+ValueType = Literal["fp32", "bf16", "int8", "int4"]
+VALUE_TYPES: tuple[ValueType, ...] = ("fp32", "bf16", "int8", "int4")  # numbered as in weight.h
 
-    Or two of that shape, a gate and another, in the form of `SparseSwiGLUFp32`: their blocks of 16 rows
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight (rows, columns) as the operators of domain `losa.sparse` store it, layout 1.
+
+    Or two of that shape, a gate and another, as `SparseSwiGLU…` stores them: their blocks of 16 rows
     alternate, so that block 2i holds rows 16i to 16i + 15 of the gate and block 2i + 1 those of the other.
+    Steps are of 1 column for fp32, 2 for bf16, 4 for int8 and int4; see docs/format.md.
 
     Attributes:
-        mask: uint8 (blocks, columns, 2): bit r of the 16 says whether row 16·block + r is kept, and row r of
-            the block in the case of two weights.
-        values: float32 (kept + 16,): kept values in order block, column, row; then padding.
-        block_offsets: int64 (blocks + 1,): index of each block's first value, then `kept`.
+        value_type: of the kept values.
+        mask: uint8 (blocks, steps, 2 · columns of a step); None: a dense weight.
+        values: float32, uint16 (the bits of bfloat16), int8, or uint8 (two codes each), in one dimension, with 64
+            bytes of padding.
+        block_offsets: int64 (blocks + 1,): index of each block's first value, then their number; None if dense.
+        scales: float16 (blocks, groups, 16), of int8 and int4.
+        codebook: int8 (16,), of int4.
+        group: columns that share a scale.
+        activation_bits: 16 or 8, what activations are rounded to for int8 and int4.
         layout: 1.
     """
 
+    value_type: ValueType
     rows: int
     columns: int
-    mask: NDArray[np.uint8]
-    values: NDArray[np.float32]
-    block_offsets: NDArray[np.int64]
+    mask: NDArray[np.uint8] | None
+    values: NDArray[Any]
+    block_offsets: NDArray[np.int64] | None
+    scales: NDArray[np.float16] | None = None
+    codebook: NDArray[np.int8] | None = None
+    group: int = 128
+    activation_bits: int = 16
     layout: int = LAYOUT_N16
 
 
@@ -118,22 +133,21 @@ def describe() -> KernelInfo:
     )
 
 
-def validate(weight: SparseFp32, *, gated: bool = False) -> None:
-    """Check everything that the kernels rely on; `gated` says that the weight is one of `sparse_swiglu_fp32`.
+def validate(weight: Weight, *, gated: bool = False) -> None:
+    """Check everything that the kernels rely on; `gated` says that the weight is one of `swiglu`.
 
     Raises: FormatError naming the first contradiction; KernelError if there is no library.
     """
-    library = _load(library_path())
     error = ctypes.create_string_buffer(_ERROR_BYTES)
-    code = library.losa_validate_fp32(*_weight_arguments(weight, gated), error, _ERROR_BYTES)
-    _raise_for(code, error)
+    parts = _parts(weight, gated)
+    _raise_for(_load(library_path()).losa_validate(ctypes.byref(parts), error, _ERROR_BYTES), error)
 
 
-def sparse_matmul_fp32(
-    x: NDArray[np.float32], weight: SparseFp32, *, row: str | None = None, threads: int = 1
-) -> NDArray[np.float32]:
+def matmul(x: NDArray[np.float32], weight: Weight, *, row: str | None = None, threads: int = 1) -> NDArray[np.float32]:
     """Multiply: x W^T by a native kernel.
 
+    For int8 and int4 the activations are rounded first, by token and group of columns (activations.h); all rows
+    then agree bit for bit. For fp32 and bf16 they agree but for the order of sums.
     A kernel may skip absent weights (0 · ∞ then counts as 0) or multiply by zero (it is NaN), so where x
     is infinite or NaN only those outputs are defined whose weight is kept there: they are not finite.
 
@@ -149,16 +163,46 @@ def sparse_matmul_fp32(
     return _multiply(x, weight, row, threads, gated=False)
 
 
-def sparse_swiglu_fp32(
-    x: NDArray[np.float32], weight: SparseFp32, *, row: str | None = None, threads: int = 1
-) -> NDArray[np.float32]:
+def swiglu(x: NDArray[np.float32], weight: Weight, *, row: str | None = None, threads: int = 1) -> NDArray[np.float32]:
     """SwiGLU: silu(x Wgate^T) · (x Wup^T) element by element, silu(z) = z / (1 + exp(-z)), by a native kernel.
 
-    silu(-∞) is NaN, as that formula has it. Arguments, result and errors are those of `sparse_matmul_fp32`,
-    with the two weights in one as `SparseFp32` says.
+    silu(-∞) is NaN, as that formula has it. Arguments, result and errors are those of `matmul`, with the two
+    weights in one as `Weight` says.
     Source of the formula: Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202.
     """
     return _multiply(x, weight, row, threads, gated=True)
+
+
+def embedding(ids: NDArray[np.int64], weight: Weight) -> NDArray[np.float32]:
+    """Rows of a dense weight by number.
+
+    Args:
+        ids: int64, any shape.
+        weight: dense; validated at each call.
+    Returns: float32 (*ids.shape, columns).
+    Raises: FormatError for a contradictory or sparse weight, or an id that is no row.
+    """
+    ids = np.require(ids, np.int64, ["C", "A"])
+    y = np.empty((*ids.shape, max(weight.columns, 0)), np.float32)
+    error = ctypes.create_string_buffer(_ERROR_BYTES)
+    parts = _parts(weight, gated=False)
+    library = _load(library_path())
+    code = library.losa_embedding(ctypes.byref(parts), ids.ctypes.data, ids.size, y.ctypes.data, error, _ERROR_BYTES)
+    _raise_for(code, error)
+    return y
+
+
+def read_bandwidth(threads: int, mebibytes: int, repeats: int = 5) -> float:
+    """Bytes a second that `threads` threads together read from memory, `mebibytes` each; the best of `repeats`.
+
+    Raises: ConfigError for threads or mebibytes < 1; KernelError without a library; MemoryError.
+    """
+    if threads < 1 or mebibytes < 1:
+        raise ConfigError(f"threads is {threads} and mebibytes {mebibytes}, both must be at least 1")
+    rate: float = _load(library_path()).losa_read_bandwidth(threads, mebibytes << 20, repeats)
+    if rate <= 0:
+        raise MemoryError(f"no memory for {threads} x {mebibytes} MiB")
+    return rate
 
 
 def typed_error(engine_message: str) -> LosaError | None:
@@ -171,7 +215,7 @@ def typed_error(engine_message: str) -> LosaError | None:
 
 
 def _multiply(
-    x: NDArray[np.float32], weight: SparseFp32, row: str | None, threads: int, *, gated: bool
+    x: NDArray[np.float32], weight: Weight, row: str | None, threads: int, *, gated: bool
 ) -> NDArray[np.float32]:
     if threads < 1:
         raise ConfigError(f"threads is {threads}, it must be at least 1", threads=threads)
@@ -180,11 +224,11 @@ def _multiply(
     x = np.require(x, requirements=["C", "A"])
     y = np.empty((*x.shape[:-1], max(weight.rows, 0)), np.float32)
     tokens = int(np.prod(x.shape[:-1], dtype=np.int64))
-    library = _load(library_path())
+    parts = _parts(weight, gated)
     error = ctypes.create_string_buffer(_ERROR_BYTES)
-    code = library.losa_matmul_fp32(
+    code = _load(library_path()).losa_matmul(
         None if row is None else row.encode(),
-        *_weight_arguments(weight, gated),
+        ctypes.byref(parts),
         x.ctypes.data,
         tokens,
         y.ctypes.data,
@@ -196,22 +240,64 @@ def _multiply(
     return y
 
 
-def _weight_arguments(weight: SparseFp32, gated: bool) -> Iterator[int]:
-    """The ten arguments that describe a weight in c_api.cpp."""
-    yield from (weight.rows, weight.columns, weight.layout, gated)
-    parts: tuple[tuple[str, NDArray[Any], type[np.generic]], ...] = (
-        ("mask", weight.mask, np.uint8),
-        ("values", weight.values, np.float32),
-        ("block_offsets", weight.block_offsets, np.int64),
+class _Bytes(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+
+class _WeightParts(ctypes.Structure):
+    """As in validate.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("type", "gated", "dense", "reserved")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "layout", "group", "activation_bits")),
+        *((name, _Bytes) for name in ("masks", "values", "block_offsets", "scales", "codebook")),
     )
-    for name, array, dtype in parts:
-        if array.dtype != dtype or not array.flags.c_contiguous:
-            raise FormatError(
-                f"{name} must be contiguous {np.dtype(dtype)}, it is {array.dtype} of strides {array.strides}",
-                name=name,
-            )
-        yield array.ctypes.data
-        yield array.size
+
+
+_VALUE_DTYPES: Mapping[ValueType, type[np.generic]] = {
+    "fp32": np.float32,
+    "bf16": np.uint16,
+    "int8": np.int8,
+    "int4": np.uint8,
+}
+
+
+def _parts(weight: Weight, gated: bool) -> _WeightParts:
+    """Pointers into the weight's arrays, which must outlive the result.
+
+    Raises: FormatError for an array of another type, or one that is not contiguous.
+    """
+    if weight.value_type not in VALUE_TYPES:
+        raise FormatError(f"value_type is '{weight.value_type}'; choose one of {', '.join(VALUE_TYPES)}")
+    dtype = _VALUE_DTYPES[weight.value_type]
+    values = weight.values.view(np.uint16) if weight.values.dtype.name == "bfloat16" else weight.values
+    dense = weight.mask is None and weight.block_offsets is None
+    return _WeightParts(
+        VALUE_TYPES.index(weight.value_type),
+        gated,
+        dense,
+        0,
+        weight.rows,
+        weight.columns,
+        weight.layout,
+        weight.group,
+        weight.activation_bits,
+        _bytes("mask", weight.mask, np.uint8),
+        _bytes("values", values, dtype),
+        _bytes("block_offsets", weight.block_offsets, np.int64),
+        _bytes("scales", weight.scales, np.float16),
+        _bytes("codebook", weight.codebook, np.int8),
+    )
+
+
+def _bytes(name: str, array: NDArray[Any] | None, dtype: type[np.generic]) -> _Bytes:
+    if array is None:
+        return _Bytes(None, 0)
+    if array.dtype != dtype or not array.flags.c_contiguous:
+        raise FormatError(
+            f"{name} must be contiguous {np.dtype(dtype)}, it is {array.dtype} of strides {array.strides}", name=name
+        )
+    return _Bytes(array.ctypes.data, array.nbytes)
 
 
 def _raise_for(code: int, error: ctypes.Array[ctypes.c_char]) -> None:
@@ -231,11 +317,14 @@ def _load(path: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise KernelError(f"{path} cannot be loaded ({error}); build it again with 'pip install .'") from error
-    weight: list[Any] = [ctypes.c_int64] * 3 + [ctypes.c_int] + [ctypes.c_void_p, ctypes.c_size_t] * 3
     text: list[Any] = [ctypes.c_char_p, ctypes.c_size_t]
+    parts = ctypes.POINTER(_WeightParts)
     library.losa_describe.argtypes = text
     library.losa_describe.restype = ctypes.c_size_t
-    library.losa_validate_fp32.argtypes = [*weight, *text]
-    product: list[Any] = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_size_t]
-    library.losa_matmul_fp32.argtypes = [ctypes.c_char_p, *weight, *product, *text]
+    library.losa_validate.argtypes = [parts, *text]
+    data: list[Any] = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    library.losa_matmul.argtypes = [ctypes.c_char_p, parts, *data, ctypes.c_size_t, *text]
+    library.losa_embedding.argtypes = [parts, *data, *text]
+    library.losa_read_bandwidth.argtypes = [ctypes.c_size_t] * 3
+    library.losa_read_bandwidth.restype = ctypes.c_double
     return library

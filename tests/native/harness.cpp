@@ -20,7 +20,6 @@
 namespace {
 
 using losa::KernelRow;
-using losa::SparseFp32;
 
 int failures = 0;
 
@@ -44,7 +43,7 @@ class Buffer {
   size_t shift_;
 };
 
-struct Weight {
+struct Example {
   int64_t rows, columns;  // if gated, those of each of its two matrices
   bool gated;
   std::vector<uint8_t> masks;
@@ -53,10 +52,10 @@ struct Weight {
   std::vector<float> dense;  // [rows of all blocks, columns]
 };
 
-Weight make_weight(int64_t rows, int64_t columns, bool gated, double density, std::mt19937& random) {
+Example make_weight(int64_t rows, int64_t columns, bool gated, double density, std::mt19937& random) {
   const int64_t matrices = gated ? 2 : 1;  // their blocks alternate
   const int64_t blocks = (rows + 15) / 16 * matrices;
-  Weight w{rows, columns, gated, {}, {}, {0}, std::vector<float>(blocks * 16 * columns)};
+  Example w{rows, columns, gated, {}, {}, {0}, std::vector<float>(blocks * 16 * columns)};
   w.masks.resize(blocks * columns * 2);
   std::uniform_real_distribution<double> unit(0, 1);
   for (int64_t block = 0; block < blocks; ++block) {
@@ -73,7 +72,7 @@ Weight make_weight(int64_t rows, int64_t columns, bool gated, double density, st
     }
     w.offsets.push_back(static_cast<int64_t>(w.values.size()));
   }
-  w.values.resize(w.values.size() + losa::kValuePadding);
+  w.values.resize(w.values.size() + losa::kValuePadding / sizeof(float));
   return w;
 }
 
@@ -90,7 +89,7 @@ void two_threads(void*, size_t count, void (*task)(void*, size_t), void* argumen
   other.join();
 }
 
-std::vector<float> product(const KernelRow& row, const SparseFp32& w, const std::vector<float>& x,
+std::vector<float> product(const KernelRow& row, const losa::Weight& w, const std::vector<float>& x,
                            int64_t tokens, const losa::Parallel& parallel) {
   std::vector<float> y(tokens * w.outputs, std::numeric_limits<float>::quiet_NaN());
   y.shrink_to_fit();
@@ -118,7 +117,7 @@ Expected dot(const float* row, const float* x, int64_t columns) {
   return {sum, (static_cast<double>(columns) + 8) * 6e-8 * magnitude};
 }
 
-Expected expected(const Weight& weight, int64_t n, const float* x) {
+Expected expected(const Example& weight, int64_t n, const float* x) {
   const int64_t columns = weight.columns;
   if (!weight.gated) return dot(weight.dense.data() + n * columns, x, columns);
   const float* gate_row = weight.dense.data() + (n / 16 * 32 + n % 16) * columns;
@@ -129,15 +128,19 @@ Expected expected(const Weight& weight, int64_t n, const float* x) {
                                std::fabs(silu) * up.tolerance + 6e-7 * std::fabs(silu * up.value)};
 }
 
-void check_shape(const KernelRow& row, const Weight& weight, int64_t tokens, std::mt19937& random) {
+void check_shape(const KernelRow& row, const Example& weight, int64_t tokens, std::mt19937& random) {
   const Buffer masks(weight.masks.data(), weight.masks.size(), 1);
   const Buffer values(weight.values.data(), weight.values.size() * sizeof(float), 3);
   const Buffer offsets(weight.offsets.data(), weight.offsets.size() * sizeof(int64_t), 5);
-  const losa::SparseFp32Parts parts{weight.rows, weight.columns, losa::kLayoutN16, weight.gated,
-                                    masks.as<uint8_t>(), weight.masks.size(),
-                                    values.as<float>(), weight.values.size(),
-                                    offsets.as<int64_t>(), weight.offsets.size()};
-  SparseFp32 w{};
+  losa::WeightParts parts{};
+  parts.rows = weight.rows;
+  parts.columns = weight.columns;
+  parts.layout = losa::kLayoutN16;
+  parts.gated = weight.gated;
+  parts.masks = {masks.as<uint8_t>(), weight.masks.size()};
+  parts.values = {values.as<float>(), weight.values.size() * sizeof(float)};
+  parts.block_offsets = {offsets.as<int64_t>(), weight.offsets.size() * sizeof(int64_t)};
+  losa::Weight w{};
   std::string error;
   if (!losa::validate(parts, &w, &error)) return fail("a sound weight is refused: " + error);
 
@@ -175,7 +178,7 @@ void check_shape(const KernelRow& row, const Weight& weight, int64_t tokens, std
 void fuzz(const std::vector<const KernelRow*>& rows, int rounds, std::mt19937& random) {
   int accepted = 0;
   for (int round = 0; round < rounds; ++round) {
-    Weight weight = make_weight(1 + random() % 40, 1 + random() % 20, random() % 2 == 0, 0.4, random);
+    Example weight = make_weight(1 + random() % 40, 1 + random() % 20, random() % 2 == 0, 0.4, random);
     int64_t layout = losa::kLayoutN16;
     switch (random() % 9) {
       case 0: weight.rows += static_cast<int64_t>(random() % 40) - 20; break;
@@ -190,11 +193,15 @@ void fuzz(const std::vector<const KernelRow*>& rows, int rounds, std::mt19937& r
     }
     weight.masks.shrink_to_fit();
     weight.values.shrink_to_fit();
-    const losa::SparseFp32Parts parts{weight.rows,           weight.columns,        layout,
-                                      weight.gated,          weight.masks.data(),   weight.masks.size(),
-                                      weight.values.data(),  weight.values.size(),  weight.offsets.data(),
-                                      weight.offsets.size()};
-    SparseFp32 w{};
+    losa::WeightParts parts{};
+    parts.rows = weight.rows;
+    parts.columns = weight.columns;
+    parts.layout = layout;
+    parts.gated = weight.gated;
+    parts.masks = {weight.masks.data(), weight.masks.size()};
+    parts.values = {weight.values.data(), weight.values.size() * sizeof(float)};
+    parts.block_offsets = {weight.offsets.data(), weight.offsets.size() * sizeof(int64_t)};
+    losa::Weight w{};
     std::string error;
     if (!losa::validate(parts, &w, &error)) {
       if (error.empty()) fail("a refusal without a reason");
@@ -215,7 +222,7 @@ int main() {
   std::vector<const KernelRow*> rows;
   const losa::KernelTable table = losa::kernel_table();
   for (size_t i = 0; i < table.count; ++i) {
-    const KernelRow* row = table.rows[i];
+    const KernelRow* row = &table.rows[i];
     const bool emulated = std::strcmp(row->name, "avx512") == 0;
     if (emulated || row->supported())
       rows.push_back(row);
@@ -228,7 +235,7 @@ int main() {
     for (const auto& shape : shapes) {
       for (double density : {0.0, 0.3, 0.6, 1.0}) {
         for (bool gated : {false, true}) {
-          const Weight weight = make_weight(shape[0], shape[1], gated, density, random);
+          const Example weight = make_weight(shape[0], shape[1], gated, density, random);
           for (int64_t tokens : {0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 20, 24, 33, 64, 128, 130}) {
             if (tokens > 40 && density == 0.0) continue;
             check_shape(*row, weight, tokens, random);

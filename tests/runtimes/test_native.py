@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 from losa_export.errors import ConfigError, FormatError, KernelError
 from losa_export.runtimes import native
-from losa_export.runtimes.native import SparseFp32
+from losa_export.runtimes.native import Weight
 
 ROWS = ("scalar", "avx2", "avx512")
 TOKENS = (*range(1, 21), 64, 128, 130)
 SHAPES = ((1, 1), (1, 37), (17, 1), (16, 64), (33, 65), (50, 130), (192, 96))
 
 
-def pack(weight: NDArray[np.float32], keep: NDArray[np.bool_]) -> SparseFp32:
+def pack(weight: NDArray[np.float32], keep: NDArray[np.bool_]) -> Weight:
     """The container by its definition, written without the exporter's code."""
     rows, columns = weight.shape
     blocks = -(-rows // 16)
@@ -35,7 +35,8 @@ def pack(weight: NDArray[np.float32], keep: NDArray[np.bool_]) -> SparseFp32:
     padded[:rows] = weight
     by_block = padded_keep.reshape(blocks, 16, columns).transpose(0, 2, 1)
     values = padded.reshape(blocks, 16, columns).transpose(0, 2, 1)[by_block]
-    return SparseFp32(
+    return Weight(
+        value_type="fp32",
         rows=rows,
         columns=columns,
         mask=np.ascontiguousarray(np.packbits(by_block, axis=2, bitorder="little")),
@@ -44,7 +45,7 @@ def pack(weight: NDArray[np.float32], keep: NDArray[np.bool_]) -> SparseFp32:
     )
 
 
-def example(rows: int, columns: int, density: float, seed: int = 0) -> tuple[NDArray[np.float32], SparseFp32]:
+def example(rows: int, columns: int, density: float, seed: int = 0) -> tuple[NDArray[np.float32], Weight]:
     """A weight with zeros in place, and packed; row 2 is empty, and block 1, if any, is full."""
     generator = np.random.default_rng(seed)
     weight = generator.standard_normal((rows, columns)).astype(np.float32)
@@ -79,7 +80,7 @@ def test_every_row_multiplies_every_shape(row: str, rows: int, columns: int, den
     dense, weight = example(rows, columns, density)
     for tokens in TOKENS:
         x = activations(tokens, columns)
-        assert_product(native.sparse_matmul_fp32(x, weight, row=row), x, dense)
+        assert_product(native.matmul(x, weight, row=row), x, dense)
 
 
 @given(
@@ -95,16 +96,16 @@ def test_rows_agree_with_the_definition(
     dense, weight = example(rows, columns, density, seed)
     x = activations(tokens, columns, seed)
     for name in native.describe().available_rows:
-        assert_product(native.sparse_matmul_fp32(x, weight, row=name), x, dense)
+        assert_product(native.matmul(x, weight, row=name), x, dense)
 
 
 def test_leading_dimensions_are_kept_and_may_be_empty(row: str) -> None:
     dense, weight = example(20, 24, 0.4)
     x = activations(6, 24).reshape(2, 3, 24)
-    y = native.sparse_matmul_fp32(x, weight, row=row)
+    y = native.matmul(x, weight, row=row)
     assert y.shape == (2, 3, 20)
     assert_product(y.reshape(6, 20), x.reshape(6, 24), dense)
-    assert native.sparse_matmul_fp32(x[:, :0], weight, row=row).shape == (2, 0, 20)
+    assert native.matmul(x[:, :0], weight, row=row).shape == (2, 0, 20)
 
 
 def test_parts_may_lie_at_any_address(row: str) -> None:
@@ -123,16 +124,16 @@ def test_parts_may_lie_at_any_address(row: str) -> None:
     )
     for tokens in (1, 5, 64):
         x = activations(tokens, 70)
-        assert_product(native.sparse_matmul_fp32(shifted(x, 2), moved, row=row), x, dense)
+        assert_product(native.matmul(shifted(x, 2), moved, row=row), x, dense)
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 40, 130])
 def test_the_number_of_threads_changes_no_bit(row: str, tokens: int) -> None:
     _, weight = example(300, 96, 0.3)
     x = activations(tokens, 96)
-    alone = native.sparse_matmul_fp32(x, weight, row=row, threads=1)
+    alone = native.matmul(x, weight, row=row, threads=1)
     for threads in (2, 3, 5):
-        assert np.array_equal(alone, native.sparse_matmul_fp32(x, weight, row=row, threads=threads))
+        assert np.array_equal(alone, native.matmul(x, weight, row=row, threads=threads))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -141,7 +142,7 @@ def test_what_is_not_finite_reaches_the_kept_weights_of_its_token_alone(row: str
     dense, weight = example(40, 64, 0.4)
     x = activations(tokens, 64)
     x[0, 7] = bad
-    y = native.sparse_matmul_fp32(x, weight, row=row)
+    y = native.matmul(x, weight, row=row)
     assert not np.isfinite(y[0, dense[:, 7] != 0]).any()
     assert np.isfinite(y[1:]).all()
 
@@ -149,11 +150,11 @@ def test_what_is_not_finite_reaches_the_kept_weights_of_its_token_alone(row: str
 def test_a_kept_weight_that_is_zero_is_a_weight(row: str) -> None:
     weight = pack(np.zeros((4, 4), np.float32), np.ones((4, 4), bool))
     x = np.array([[np.inf, 0, 0, 0]], np.float32)
-    assert np.isnan(native.sparse_matmul_fp32(x, weight, row=row)).all()
+    assert np.isnan(native.matmul(x, weight, row=row)).all()
 
 
-def change_offset(index: int, by: int) -> Callable[[SparseFp32], dict[str, Any]]:
-    def change(weight: SparseFp32) -> dict[str, Any]:
+def change_offset(index: int, by: int) -> Callable[[Weight], dict[str, Any]]:
+    def change(weight: Weight) -> dict[str, Any]:
         offsets = weight.block_offsets.copy()
         offsets[index] += by
         return {"block_offsets": offsets}
@@ -161,8 +162,8 @@ def change_offset(index: int, by: int) -> Callable[[SparseFp32], dict[str, Any]]
     return change
 
 
-def change_bit(block: int, byte: int) -> Callable[[SparseFp32], dict[str, Any]]:
-    def change(weight: SparseFp32) -> dict[str, Any]:
+def change_bit(block: int, byte: int) -> Callable[[Weight], dict[str, Any]]:
+    def change(weight: Weight) -> dict[str, Any]:
         mask = weight.mask.copy()
         mask[block, 3, byte] ^= 0x80
         return {"mask": mask}
@@ -170,7 +171,7 @@ def change_bit(block: int, byte: int) -> Callable[[SparseFp32], dict[str, Any]]:
     return change
 
 
-BROKEN: dict[str, tuple[Callable[[SparseFp32], dict[str, Any]], str]] = {
+BROKEN: dict[str, tuple[Callable[[Weight], dict[str, Any]], str]] = {
     "layout": (lambda _: {"layout": 2}, "layout is 2, this library reads layout 1"),
     "no rows": (lambda _: {"rows": 0}, "N = 0 and K = 12 are not the sides of a weight"),
     "negative columns": (lambda _: {"columns": -1}, "N = 20 and K = -1 are not"),
@@ -178,13 +179,13 @@ BROKEN: dict[str, tuple[Callable[[SparseFp32], dict[str, Any]], str]] = {
     "more rows": (lambda _: {"rows": 40}, "mask has 48 bytes, N = 40 and K = 12 need 72"),
     "more columns": (lambda _: {"columns": 13}, "mask has 48 bytes, N = 20 and K = 13 need 52"),
     "short mask": (lambda w: {"mask": w.mask[:1]}, "mask has 24 bytes"),
-    "short offsets": (lambda w: {"block_offsets": w.block_offsets[:2]}, "block_offsets has 2 entries, 2 blocks need 3"),
+    "short offsets": (lambda w: {"block_offsets": w.block_offsets[:2]}, "block_offsets has 16 bytes, N = 20 and K = 12 need 24"),
     "first offset": (change_offset(0, 1), "block_offsets starts at 1, not at 0"),
     "middle offset": (change_offset(1, -1), r"block_offsets\[1\] is \d+, the mask of the blocks before it keeps"),
     "last offset": (change_offset(2, 1 << 40), r"block_offsets\[2\] is 1099511"),
     "mask bit": (change_bit(0, 0), r"block_offsets\[1\] is"),
-    "short values": (lambda w: {"values": w.values[:-1]}, "values has .* entries, the mask keeps .* 16 of padding"),
-    "no values": (lambda w: {"values": w.values[:0]}, "values has 0 entries|has no data"),
+    "short values": (lambda w: {"values": w.values[:-1]}, "values has .* bytes, .* elements and 64 bytes of padding need"),
+    "no values": (lambda w: {"values": w.values[:0]}, "values has 0 bytes|has no data"),
     "mask type": (lambda w: {"mask": w.mask.astype(np.int8)}, "mask must be contiguous uint8, it is int8"),
     "values type": (lambda w: {"values": w.values.astype(np.float64)}, "values must be contiguous float32"),
     "values stride": (lambda w: {"values": np.repeat(w.values, 2)[::2]}, "values must be contiguous float32"),
@@ -201,7 +202,7 @@ def test_a_broken_weight_is_refused_with_the_reason(kernels: Path, what: str) ->
         native.validate(broken)
     if broken.columns == 12:
         with pytest.raises(FormatError, match=message):
-            native.sparse_matmul_fp32(activations(1, 12), broken)
+            native.matmul(activations(1, 12), broken)
 
 
 def test_a_row_beyond_the_last_must_be_absent(kernels: Path) -> None:
@@ -213,11 +214,11 @@ def test_a_row_beyond_the_last_must_be_absent(kernels: Path) -> None:
 def test_activations_that_do_not_fit_are_refused(kernels: Path) -> None:
     _, weight = example(20, 12, 0.4)
     with pytest.raises(FormatError, match=r"x is float32 \(1, 13\), the weight needs float32 with last dimension 12"):
-        native.sparse_matmul_fp32(activations(1, 13), weight)
+        native.matmul(activations(1, 13), weight)
     with pytest.raises(FormatError, match="x is float64"):
-        native.sparse_matmul_fp32(activations(1, 12).astype(np.float64), weight)
+        native.matmul(activations(1, 12).astype(np.float64), weight)
     with pytest.raises(ConfigError, match="threads is 0, it must be at least 1"):
-        native.sparse_matmul_fp32(activations(1, 12), weight, threads=0)
+        native.matmul(activations(1, 12), weight, threads=0)
 
 
 def test_the_library_describes_itself(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +233,7 @@ def test_the_library_describes_itself(kernels: Path, monkeypatch: pytest.MonkeyP
 def test_an_unknown_row_is_an_error(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, weight = example(20, 12, 0.4)
     with pytest.raises(KernelError, match=r"no kernel row is called 'sse9'; this build has: .*scalar"):
-        native.sparse_matmul_fp32(activations(1, 12), weight, row="sse9")
+        native.matmul(activations(1, 12), weight, row="sse9")
     monkeypatch.setenv("LOSA_KERNEL", "sse9")
     with pytest.raises(KernelError, match=r"LOSA_KERNEL: no kernel row is called 'sse9'.*unset LOSA_KERNEL"):
         native.describe()
@@ -245,7 +246,7 @@ def test_a_row_that_this_cpu_lacks_is_an_error(kernels: Path) -> None:
         pytest.skip("this CPU runs every compiled row")
     _, weight = example(20, 12, 0.4)
     with pytest.raises(KernelError, match=r"needs instructions that this CPU lacks; it runs: .*scalar"):
-        native.sparse_matmul_fp32(activations(1, 12), weight, row=lacking.pop())
+        native.matmul(activations(1, 12), weight, row=lacking.pop())
 
 
 def test_the_environment_forces_a_row(row: str) -> None:

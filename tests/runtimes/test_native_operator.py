@@ -119,11 +119,11 @@ def test_session_threads_change_no_bit(kernels: Path, tokens: int) -> None:
     x = np.random.default_rng(2).standard_normal((1, tokens, COLUMNS)).astype(np.float32)
     one, two = (open_session(model, threads).run(None, {"X": x})[0] for threads in (1, 2))
     assert np.array_equal(one, two)
-    assert np.array_equal(one, native.sparse_matmul_fp32(x, as_container(parts()[1])))
+    assert np.array_equal(one, native.matmul(x, as_container(parts()[1])))
 
 
-def as_container(weights: dict[str, NDArray[Any]]) -> native.SparseFp32:
-    return native.SparseFp32(ROWS, COLUMNS, weights["mask"], weights["values"], weights["block_offsets"])
+def as_container(weights: dict[str, NDArray[Any]]) -> native.Weight:
+    return native.Weight("fp32", ROWS, COLUMNS, weights["mask"], weights["values"], weights["block_offsets"])
 
 
 def test_weights_in_external_data_may_lie_at_any_offset(kernels: Path, tmp_path: Path) -> None:
@@ -171,8 +171,8 @@ def test_parts_that_contradict_each_other_are_refused(kernels: Path) -> None:
     _, weights = parts()
     broken = {
         "mask has 280 bytes": {**weights, "mask": weights["mask"][:2]},
-        r"values has \d+ entries": {**weights, "values": weights["values"][:-1]},
-        "block_offsets has 3 entries": {**weights, "block_offsets": weights["block_offsets"][:3]},
+        r"values has \d+ bytes": {**weights, "values": weights["values"][:-1]},
+        "block_offsets has 24 bytes": {**weights, "block_offsets": weights["block_offsets"][:3]},
         r"block_offsets\[1\] is": {**weights, "block_offsets": weights["block_offsets"] + [0, 1, 0, 0]},
     }
     for message, changed in broken.items():
@@ -221,7 +221,7 @@ def test_a_forced_row_runs_and_an_unknown_one_is_refused(kernels: Path, tmp_path
     for row in native.describe().available_rows:
         answer = run(row)
         assert answer.returncode == 0, answer.stderr.decode()
-        expected = native.sparse_matmul_fp32(x, as_container(weights), row=row)
+        expected = native.matmul(x, as_container(weights), row=row)
         assert np.array_equal(np.frombuffer(answer.stdout, np.float32), expected.ravel())
     refused = run("sse9")
     assert refused.returncode != 0

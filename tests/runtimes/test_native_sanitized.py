@@ -17,7 +17,7 @@ TESTS = ROOT / "tests" / "native"
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{NATIVE / 'include'}"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 X86_SOURCES = {  # flags as in CMakeLists.txt, but for AVX-512, whose instructions are emulated
-    NATIVE / "src/avx2.cpp": ["-mavx2", "-mfma", "-mpopcnt", "-mbmi", "-fno-trapping-math"],
+    NATIVE / "src/avx2.cpp": ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi", "-mbmi2", "-fno-trapping-math"],
     NATIVE / "src/avx512.cpp": [f"-I{TESTS / 'emulated'}"],
 }
 SOURCES = [NATIVE / "src" / f"{name}.cpp" for name in ("dispatch", "matmul", "scalar", "validate")]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from losa_export.errors import ConfigError, FormatError, KernelError
 from losa_export.runtimes import native
-from losa_export.runtimes.native import SparseFp32
+from losa_export.runtimes.native import Weight
 
 ROWS = ("scalar", "avx2", "avx512")
 TOKENS = (*range(1, 21), 64, 128, 130)
@@ -27,7 +27,7 @@ class Pair(NamedTuple):
 
     gate: NDArray[np.float32]
     up: NDArray[np.float32]
-    packed: SparseFp32
+    packed: Weight
 
 
 def pack(gate: NDArray[np.float32], up: NDArray[np.float32], keep: NDArray[np.bool_]) -> Pair:
@@ -43,7 +43,8 @@ def pack(gate: NDArray[np.float32], up: NDArray[np.float32], keep: NDArray[np.bo
         return padded.reshape(2, pairs, 16, columns).transpose(1, 0, 3, 2).reshape(2 * pairs, columns, 16)
 
     kept = by_block(keep)
-    packed = SparseFp32(
+    packed = Weight(
+        "fp32",
         rows=rows,
         columns=columns,
         mask=np.ascontiguousarray(np.packbits(kept, axis=2, bitorder="little")),
@@ -101,7 +102,7 @@ def test_every_row_gates_every_shape(row: str, rows: int, columns: int, density:
     native.validate(pair.packed, gated=True)
     for tokens in TOKENS:
         x = activations(tokens, columns)
-        assert_swiglu(native.sparse_swiglu_fp32(x, pair.packed, row=row), x, pair)
+        assert_swiglu(native.swiglu(x, pair.packed, row=row), x, pair)
 
 
 @given(
@@ -117,7 +118,7 @@ def test_rows_agree_with_the_definition(
     pair = example(rows, columns, density, seed)
     x = activations(tokens, columns, seed)
     for name in native.describe().available_rows:
-        assert_swiglu(native.sparse_swiglu_fp32(x, pair.packed, row=name), x, pair)
+        assert_swiglu(native.swiglu(x, pair.packed, row=name), x, pair)
 
 
 @pytest.mark.parametrize("tokens", [1, 120])
@@ -129,7 +130,7 @@ def test_silu_is_right_from_the_smallest_to_the_largest_number(row: str, tokens:
     magnitudes = np.concatenate([[0], np.geomspace(1e-45, 3e38, 900), np.linspace(0.01, 110, 899)])
     z = np.concatenate([magnitudes, -magnitudes]).astype(np.float32).reshape(-1, 15)
     x = np.insert(z, 0, 1, axis=1)
-    parts = [native.sparse_swiglu_fp32(part, pair.packed, row=row) for part in np.split(x, len(x) // tokens)]
+    parts = [native.swiglu(part, pair.packed, row=row) for part in np.split(x, len(x) // tokens)]
     with np.errstate(over="ignore"):
         exact = silu(z.astype(np.float64))
     # An exponential within 2e-7 and three roundings. Where e^-z leaves float32 (z < -88) silu is below 1e-36.
@@ -146,7 +147,7 @@ def test_a_gate_that_is_not_finite_gives_what_the_formula_gives(
     pair = pack(ones, ones, np.ones((2, 17, 1), bool))
     x = np.full((tokens, 1), 2, np.float32)
     x[0] = bad
-    y = native.sparse_swiglu_fp32(x, pair.packed, row=row)
+    y = native.swiglu(x, pair.packed, row=row)
     assert np.array_equal(y[0], np.full(17, result), equal_nan=True)
     assert np.isfinite(y[1:]).all()
 
@@ -155,25 +156,25 @@ def test_a_gate_that_is_not_finite_gives_what_the_formula_gives(
 def test_the_number_of_threads_changes_no_bit(row: str, tokens: int) -> None:
     pair = example(300, 196, 0.3)
     x = activations(tokens, 196)
-    alone = native.sparse_swiglu_fp32(x, pair.packed, row=row, threads=1)
+    alone = native.swiglu(x, pair.packed, row=row, threads=1)
     assert_swiglu(alone, x, pair)
     for threads in (2, 3, 5):
-        assert np.array_equal(alone, native.sparse_swiglu_fp32(x, pair.packed, row=row, threads=threads))
+        assert np.array_equal(alone, native.swiglu(x, pair.packed, row=row, threads=threads))
 
 
 def test_leading_dimensions_are_kept_and_may_be_empty(row: str) -> None:
     pair = example(20, 24, 0.4)
     x = activations(6, 24).reshape(2, 3, 24)
-    y = native.sparse_swiglu_fp32(x, pair.packed, row=row)
+    y = native.swiglu(x, pair.packed, row=row)
     assert y.shape == (2, 3, 20)
     assert_swiglu(y.reshape(6, 20), x.reshape(6, 24), pair)
-    assert native.sparse_swiglu_fp32(x[:, :0], pair.packed, row=row).shape == (2, 0, 20)
+    assert native.swiglu(x[:, :0], pair.packed, row=row).shape == (2, 0, 20)
 
 
-def keep_last_row(block: int) -> Callable[[SparseFp32], dict[str, Any]]:
+def keep_last_row(block: int) -> Callable[[Weight], dict[str, Any]]:
     """Keeps row 15 of a block, in column 3 and there alone; everything else agrees with it."""
 
-    def change(weight: SparseFp32) -> dict[str, Any]:
+    def change(weight: Weight) -> dict[str, Any]:
         mask = weight.mask.copy()
         mask[block, 3] = (0, 0x80)
         counts = np.unpackbits(mask.reshape(len(mask), -1), axis=1).sum(axis=1)
@@ -183,21 +184,21 @@ def keep_last_row(block: int) -> Callable[[SparseFp32], dict[str, Any]]:
     return change
 
 
-def shift_offset(weight: SparseFp32) -> dict[str, Any]:
+def shift_offset(weight: Weight) -> dict[str, Any]:
     return {"block_offsets": weight.block_offsets + np.array([0, 0, 0, 1, 0])}
 
 
-BROKEN: dict[str, tuple[Callable[[SparseFp32], dict[str, Any]], str]] = {
+BROKEN: dict[str, tuple[Callable[[Weight], dict[str, Any]], str]] = {
     "layout": (lambda _: {"layout": 2}, "layout is 2, this library reads layout 1"),
     "no rows": (lambda _: {"rows": 0}, "N = 0 and K = 12 are not the sides of a weight"),
     "more rows": (lambda _: {"rows": 40}, "mask has 96 bytes, N = 40 and K = 12 need 144"),
     "rows of both": (lambda _: {"rows": 64}, "mask has 96 bytes, N = 64 and K = 12 need 192"),
     "odd blocks": (lambda w: {"mask": w.mask[:3]}, "mask has 72 bytes, N = 20 and K = 12 need 96"),
-    "odd offsets": (lambda w: {"block_offsets": w.block_offsets[:4]}, "block_offsets has 4 entries, 4 blocks need 5"),
+    "odd offsets": (lambda w: {"block_offsets": w.block_offsets[:4]}, "block_offsets has 32 bytes, .* need 40"),
     "an offset": (shift_offset, r"block_offsets\[3\] is \d+, the mask of the blocks before it keeps"),
     "gate row": (keep_last_row(2), "mask keeps a weight of column 3 in a row beyond N = 20"),
     "other row": (keep_last_row(3), "mask keeps a weight of column 3 in a row beyond N = 20"),
-    "short values": (lambda w: {"values": w.values[:-1]}, "values has .* entries, the mask keeps .* 16 of padding"),
+    "short values": (lambda w: {"values": w.values[:-1]}, "values has .* bytes, .* elements and 64 bytes of padding need"),
     "mask type": (lambda w: {"mask": w.mask.astype(np.int8)}, "mask must be contiguous uint8, it is int8"),
 }
 
@@ -211,7 +212,7 @@ def test_a_broken_pair_is_refused_with_the_reason(kernels: Path, what: str) -> N
     with pytest.raises(FormatError, match=message):
         native.validate(broken, gated=True)
     with pytest.raises(FormatError, match=message):
-        native.sparse_swiglu_fp32(activations(1, 12), broken)
+        native.swiglu(activations(1, 12), broken)
 
 
 def test_one_weight_is_no_pair_and_a_pair_is_not_one_weight(kernels: Path) -> None:
@@ -226,14 +227,14 @@ def test_one_weight_is_no_pair_and_a_pair_is_not_one_weight(kernels: Path) -> No
 def test_activations_that_do_not_fit_are_refused(kernels: Path) -> None:
     weight = example(20, 12, 0.4).packed
     with pytest.raises(FormatError, match=r"x is float32 \(1, 13\), the weight needs float32 with last dimension 12"):
-        native.sparse_swiglu_fp32(activations(1, 13), weight)
+        native.swiglu(activations(1, 13), weight)
     with pytest.raises(ConfigError, match="threads is 0, it must be at least 1"):
-        native.sparse_swiglu_fp32(activations(1, 12), weight, threads=0)
+        native.swiglu(activations(1, 12), weight, threads=0)
     with pytest.raises(KernelError, match="no kernel row is called 'sse9'"):
-        native.sparse_swiglu_fp32(activations(1, 12), weight, row="sse9")
+        native.swiglu(activations(1, 12), weight, row="sse9")
 
 
-def write_model(path: Path, weight: SparseFp32, **attributes: int) -> Path:
+def write_model(path: Path, weight: Weight, **attributes: int) -> Path:
     """A model of the one node."""
     onnx = pytest.importorskip("onnx")
     helper, kinds = onnx.helper, onnx.TensorProto
@@ -276,7 +277,7 @@ def test_the_operator_gates_any_leading_shape(kernels: Path, tmp_path: Path, sha
     assert one.shape == (*shape, 172)
     assert_swiglu(one.reshape(-1, 172), x, pair)
     assert np.array_equal(one, two)
-    assert np.array_equal(one.reshape(-1, 172), native.sparse_swiglu_fp32(x, pair.packed))
+    assert np.array_equal(one.reshape(-1, 172), native.swiglu(x, pair.packed))
 
 
 def test_the_output_shape_is_known_before_running(kernels: Path, tmp_path: Path) -> None:
@@ -304,9 +305,9 @@ def test_the_operator_refuses_what_contradicts_itself(kernels: Path, tmp_path: P
 def test_the_environment_forces_a_row(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = example(17, 70, 0.4)
     x = activations(20, 70)
-    expected = native.sparse_swiglu_fp32(x, pair.packed, row=row)
+    expected = native.swiglu(x, pair.packed, row=row)
     monkeypatch.setenv("LOSA_KERNEL", row)
-    assert np.array_equal(native.sparse_swiglu_fp32(x, pair.packed), expected)
+    assert np.array_equal(native.swiglu(x, pair.packed), expected)
     session = open_session(write_model(tmp_path / "model.onnx", pair.packed))
     assert np.array_equal(session.run(None, {"X": x[None]})[0][0], expected)
     monkeypatch.setenv("LOSA_KERNEL", "sse9")

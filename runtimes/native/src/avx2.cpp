@@ -29,8 +29,14 @@ struct Avx2 {
   static constexpr int kDecodeSums = 1;  // a column takes two expansions, longer than a multiply-add's latency
   static constexpr int kWideTokens = 6;
   static constexpr int kNarrowTokens = 4;
+  using Element = float;
   using Vector = __m256;
+  using Scale = int;  // floats have none
 
+  static Vector begin(const float* sums) { return load(sums); }
+  static void finish(float* sums, Vector total, Scale, Scale) { store(sums, total); }
+  static Scale scale(const float*) { return 0; }
+  static Scale scales(const float*) { return 0; }
   static Vector zero() { return _mm256_setzero_ps(); }
   static Vector broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static Vector load(const float* p) { return _mm256_loadu_ps(p); }
@@ -109,17 +115,25 @@ bool skipping_wins(double density, int64_t width) {
   return density <= 0.75 && density * kTileTokens <= static_cast<double>(width);
 }
 
-void prefill(const SparseFp32& w, BlockRange blocks, const float* packed, int64_t tokens, float* y) {
+void fp32_prefill(const Weight& w, BlockRange blocks, const float* packed, int64_t tokens, float* y) {
   const TokenTile narrowest = token_tile(tokens, token_tile_count(tokens) - 1);
   if (skipping_wins(w.density(), narrowest.width))
-    Prefill<Avx2, SkipProduct<Avx2>>::run(w, blocks, packed, tokens, y);
+    Prefill<Fp32Source<Avx2>, SkipProduct<Avx2>>::run_floats(w, blocks, packed, tokens, y);
   else
-    Prefill<Avx2, DenseProduct<Avx2>>::run(w, blocks, packed, tokens, y);
+    Prefill<Fp32Source<Avx2>, DenseProduct<Avx2>>::run_floats(w, blocks, packed, tokens, y);
 }
 
 }  // namespace
 
-const KernelRow kAvx2Row = {"avx2",     supported,         Decode<Avx2>::run, prefill,
-                            pack<Avx2>, kPrefillMinTokens, gate};
+const KernelRow kAvx2Row = {
+    "avx2",
+    supported,
+    {Decode<Avx2>::run, fp32_prefill, pack<Avx2>, kPrefillMinTokens},
+    {},  // bf16
+    {},  // int8
+    {},  // int4
+    nullptr,
+    gate,
+};
 
 }  // namespace losa

@@ -17,7 +17,13 @@ struct Avx512 {
   static constexpr int kDecodeSums = 2;
   static constexpr int kWideTokens = 16;
   static constexpr int kNarrowTokens = 8;
+  using Element = float;
   using Vector = __m512;
+  using Scale = int;  // floats have none
+  static Vector begin(const float* sums) { return load(sums); }
+  static void finish(float* sums, Vector total, Scale, Scale) { store(sums, total); }
+  static Scale scale(const float*) { return 0; }
+  static Scale scales(const float*) { return 0; }
   static Vector zero() { return _mm512_setzero_ps(); }
   static Vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static Vector load(const float* p) { return _mm512_loadu_ps(p); }
@@ -39,12 +45,16 @@ constexpr int64_t kPrefillMinTokens = 12;  // as measured for AVX2; the loops ar
 
 }  // namespace
 
-const KernelRow kAvx512Row = {"avx512",
-                              supported,
-                              Decode<Avx512>::run,
-                              Prefill<Avx512, DenseProduct<Avx512>>::run,
-                              pack<Avx512>,
-                              kPrefillMinTokens,
-                              gate};
+const KernelRow kAvx512Row = {
+    "avx512",
+    supported,
+    {Decode<Avx512>::run, Prefill<Fp32Source<Avx512>, DenseProduct<Avx512>>::run_floats, pack<Avx512>,
+     kPrefillMinTokens},
+    {},  // bf16
+    {},  // int8
+    {},  // int4
+    nullptr,
+    gate,
+};
 
 }  // namespace losa

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "losa/export.h"
+#include "losa/bandwidth.h"
 #include "losa/matmul.h"
 #include "losa/validate.h"
 
@@ -38,9 +39,9 @@ std::string description() {
   std::string available, compiled;
   const losa::KernelTable table = losa::kernel_table();
   for (size_t i = 0; i < table.count; ++i) {
-    const std::string name = quoted(table.rows[i]->name);
+    const std::string name = quoted(table.rows[i].name);
     compiled += (compiled.empty() ? "" : ", ") + name;
-    if (table.rows[i]->supported()) available += (available.empty() ? "" : ", ") + name;
+    if (table.rows[i].supported()) available += (available.empty() ? "" : ", ") + name;
   }
   return "{\"version\": " + quoted(LOSA_VERSION) + ", \"row\": " + (row ? quoted(row->name) : "null") +
          ", \"error\": " + (row ? "null" : quoted(error)) + ", \"compiled_rows\": [" + compiled +
@@ -76,16 +77,11 @@ LOSA_EXPORT size_t losa_describe(char* text, size_t capacity) {
   }
 }
 
-LOSA_EXPORT int losa_validate_fp32(int64_t rows, int64_t columns, int64_t layout, int gated,
-                                   const uint8_t* masks, size_t mask_bytes, const float* values,
-                                   size_t value_count, const int64_t* block_offsets, size_t offset_count,
-                                   char* error, size_t error_capacity) {
+LOSA_EXPORT int losa_validate(const losa::WeightParts* parts, char* error, size_t error_capacity) {
   try {
     std::string message;
-    losa::SparseFp32 weight{};
-    const losa::SparseFp32Parts parts{rows,       columns, layout,      gated != 0,    masks,
-                                      mask_bytes, values,  value_count, block_offsets, offset_count};
-    if (losa::validate(parts, &weight, &message)) return kOk;
+    losa::Weight weight{};
+    if (losa::validate(*parts, &weight, &message)) return kOk;
     return report(kFormatError, message, error, error_capacity);
   } catch (const std::exception& caught) {
     return report(kOutOfMemory, caught.what(), error, error_capacity);
@@ -93,25 +89,47 @@ LOSA_EXPORT int losa_validate_fp32(int64_t rows, int64_t columns, int64_t layout
 }
 
 /// y (tokens, rows) as multiply() says. `row` may be null: LOSA_KERNEL, or the best.
-LOSA_EXPORT int losa_matmul_fp32(const char* row, int64_t rows, int64_t columns, int64_t layout,
-                                 int gated, const uint8_t* masks, size_t mask_bytes, const float* values,
-                                 size_t value_count, const int64_t* block_offsets, size_t offset_count,
-                                 const float* x, int64_t tokens, float* y, size_t threads, char* error,
-                                 size_t error_capacity) {
+LOSA_EXPORT int losa_matmul(const char* row, const losa::WeightParts* parts, const float* x, int64_t tokens,
+                            float* y, size_t threads, char* error, size_t error_capacity) {
   try {
     std::string message;
     const losa::KernelRow* chosen =
         row != nullptr ? losa::select_row(row, &message) : losa::select_row_from_environment(&message);
     if (chosen == nullptr) return report(kKernelError, message, error, error_capacity);
-    losa::SparseFp32 weight{};
-    const losa::SparseFp32Parts parts{rows,       columns, layout,      gated != 0,    masks,
-                                      mask_bytes, values,  value_count, block_offsets, offset_count};
-    if (!losa::validate(parts, &weight, &message)) return report(kFormatError, message, error, error_capacity);
+    losa::Weight weight{};
+    if (!losa::validate(*parts, &weight, &message)) return report(kFormatError, message, error, error_capacity);
     if (!losa::multiply(*chosen, weight, x, tokens, y, {run_on_threads, &threads}))
       return report(kOutOfMemory, "out of memory for packed activations", error, error_capacity);
     return kOk;
   } catch (const std::exception& caught) {
     return report(kOutOfMemory, caught.what(), error, error_capacity);
+  }
+}
+
+/// y (count, columns) as gather_rows() says; the weight must be dense.
+LOSA_EXPORT int losa_embedding(const losa::WeightParts* parts, const int64_t* ids, int64_t count, float* y,
+                               char* error, size_t error_capacity) {
+  try {
+    std::string message;
+    losa::Weight weight{};
+    if (!parts->dense) return report(kFormatError, "an embedding is a dense weight", error, error_capacity);
+    if (!losa::validate(*parts, &weight, &message)) return report(kFormatError, message, error, error_capacity);
+    const int64_t wrong = losa::gather_rows(weight, ids, count, y);
+    if (wrong < 0) return kOk;
+    return report(kFormatError, "id " + std::to_string(ids[wrong]) + " is not below " + std::to_string(weight.rows),
+                  error, error_capacity);
+  } catch (const std::exception& caught) {
+    return report(kOutOfMemory, caught.what(), error, error_capacity);
+  }
+}
+
+/// Bytes a second that `threads` threads read from `bytes_each` bytes of memory each, best of `repeats`
+/// passes over them; 0 if there is not as much memory.
+LOSA_EXPORT double losa_read_bandwidth(size_t threads, size_t bytes_each, size_t repeats) {
+  try {
+    return losa::read_bandwidth(threads, bytes_each, repeats);
+  } catch (const std::exception&) {
+    return 0;
   }
 }
 

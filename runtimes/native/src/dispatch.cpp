@@ -14,6 +14,33 @@ const KernelRow* const kRows[] = {
 #endif
     &kScalarRow,
 };
+constexpr size_t kCount = sizeof kRows / sizeof *kRows;
+
+/// kRows with every missing part taken from the rows behind. Integer kernels of all rows agree bit for bit,
+/// and float ones may differ in the last bits only between value types, so parts can be mixed.
+struct CompleteRows {
+  KernelRow rows[kCount];
+  CompleteRows() {
+    for (size_t i = 0; i < kCount; ++i) {
+      rows[i] = *kRows[i];
+      for (size_t j = i + 1; j < kCount; ++j) {
+        const KernelRow& behind = *kRows[j];
+        if (!behind.supported()) continue;
+        if (rows[i].fp32.decode == nullptr) rows[i].fp32 = behind.fp32;
+        if (rows[i].bf16.decode == nullptr) rows[i].bf16 = behind.bf16;
+        if (rows[i].int8.decode == nullptr) rows[i].int8 = behind.int8;
+        if (rows[i].int4.decode == nullptr) rows[i].int4 = behind.int4;
+        if (rows[i].round == nullptr) rows[i].round = behind.round;
+        if (rows[i].gate == nullptr) rows[i].gate = behind.gate;
+      }
+    }
+  }
+};
+
+const KernelRow* complete_rows() {
+  static const CompleteRows complete;
+  return complete.rows;
+}
 
 std::string names(bool only_supported) {
   std::string list;
@@ -27,13 +54,14 @@ std::string names(bool only_supported) {
 
 }  // namespace
 
-KernelTable kernel_table() { return {kRows, sizeof kRows / sizeof *kRows}; }
+KernelTable kernel_table() { return {complete_rows(), kCount}; }
 
 const KernelRow* select_row(const char* name, std::string* error) {
   const bool any = name == nullptr || *name == '\0';
-  for (const KernelRow* row : kRows) {
-    if (any ? row->supported() : std::strcmp(row->name, name) == 0) {
-      if (row->supported()) return row;
+  for (size_t i = 0; i < kCount; ++i) {
+    const KernelRow& row = *kRows[i];
+    if (any ? row.supported() : std::strcmp(row.name, name) == 0) {
+      if (row.supported()) return &complete_rows()[i];
       *error = std::string("kernel row '") + name + "' needs instructions that this CPU lacks; it runs: " +
                names(true);
       return nullptr;

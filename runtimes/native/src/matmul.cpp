@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 
+#include "losa/numbers.h"
 #include "losa/token_tiles.h"
 
 namespace losa {
@@ -13,34 +14,38 @@ constexpr int64_t kMaxTasks = 64;
 constexpr int64_t kPrefillTasks = 16;
 constexpr int64_t kPrefillMaxBlocks = 8;
 
-/// The calling thread's packed activations: grows to the largest product seen, freed with the thread.
+/// Memory of the calling thread that grows to the largest product seen, freed with the thread.
 class Scratch {
  public:
   ~Scratch() { std::free(data_); }
-  float* reserve(int64_t floats) {
-    if (floats > capacity_) {
+  void* reserve(int64_t bytes) {
+    const size_t wanted = (static_cast<size_t>(bytes) + 63) / 64 * 64;
+    if (wanted > capacity_) {
       std::free(data_);
-      const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
-      data_ = static_cast<float*>(std::aligned_alloc(64, bytes));
-      capacity_ = data_ == nullptr ? 0 : floats;
+      data_ = std::aligned_alloc(64, wanted);
+      capacity_ = data_ == nullptr ? 0 : wanted;
     }
     return data_;
   }
 
  private:
-  float* data_ = nullptr;
-  int64_t capacity_ = 0;
+  void* data_ = nullptr;
+  size_t capacity_ = 0;
 };
 
-thread_local Scratch packed_scratch;
+thread_local Scratch rounded_scratch, packed_scratch;
+
+int64_t padded_tokens(int64_t tokens) { return (tokens + kTokenStep - 1) / kTokenStep * kTokenStep; }
 
 struct Job {
   const KernelRow& row;
-  const SparseFp32& w;
+  const Weight& w;
   const float* x;
   int64_t tokens;  // at most kPrefillTokens
   float* y;
-  float* packed;  // activations for prefill; null: decode reads x
+  bool prefill;
+  RoundedTokens rounded;  // of integer weights
+  PackedTokens packed;    // of prefill
   int64_t blocks_per_task;
 
   BlockRange blocks(size_t task) const {
@@ -50,11 +55,20 @@ struct Job {
   }
   size_t tasks() const { return static_cast<size_t>((w.blocks() + blocks_per_task - 1) / blocks_per_task); }
 
-  void product(const SparseFp32& weight, BlockRange range, float* to) const {
-    if (packed != nullptr)
-      row.prefill(weight, range, packed, tokens, to);
-    else
-      row.decode(weight, range, x, tokens, to);
+  void product(const Weight& weight, BlockRange range, float* to) const {
+    if (is_integer(w.type)) {
+      const IntegerKernels& kernels = row.integers(w.type);
+      if (prefill)
+        kernels.prefill(weight, range, packed, tokens, to);
+      else
+        kernels.decode(weight, range, rounded, tokens, to);
+    } else {
+      const FloatKernels& kernels = row.floats(w.type);
+      if (prefill)
+        kernels.prefill(weight, range, static_cast<const float*>(packed.values), tokens, to);
+      else
+        kernels.decode(weight, range, x, tokens, to);
+    }
   }
 
   /// A few pairs of blocks at a time, whose products are still in the cache when they are combined.
@@ -62,18 +76,45 @@ struct Job {
     alignas(64) float products[kPrefillMaxBlocks * kBlockRows * kPrefillTokens];
     for (; range.first < range.last; range.first += kPrefillMaxBlocks) {
       const int64_t end = range.first + kPrefillMaxBlocks;
-      const SparseFp32 part = w.whole_blocks({range.first, end < range.last ? end : range.last});
+      const Weight part = w.whole_blocks({range.first, end < range.last ? end : range.last});
       product(part, {0, part.blocks()}, products);
       const int64_t first = range.first / 2 * kBlockRows;
       const int64_t count = part.rows / 2, left = w.outputs - first;
       row.gate(products, tokens, count < left ? count : left, y + first, w.outputs);
     }
   }
+
+  /// Memory for rounded and packed activations; false if there is none.
+  bool reserve() {
+    const bool integer = is_integer(w.type);
+    if (integer) {
+      const RoundedTokens shape{nullptr, nullptr, w.columns, w.group};
+      const int64_t value_bytes = (tokens * shape.padded_columns() * 2 + 63) / 64 * 64;
+      char* memory = static_cast<char*>(rounded_scratch.reserve(value_bytes + tokens * shape.groups() * 4));
+      if (memory == nullptr) return false;
+      rounded = {reinterpret_cast<int16_t*>(memory), reinterpret_cast<float*>(memory + value_bytes), w.columns,
+                 w.group};
+    }
+    if (!prefill) return true;
+    const int64_t value_bytes =
+        integer ? padded_tokens(tokens) * rounded.padded_columns() * 2 : packed_floats(tokens, w.columns) * 4;
+    const int64_t scale_bytes = integer ? padded_tokens(tokens) * rounded.groups() * 4 : 0;
+    char* memory = static_cast<char*>(packed_scratch.reserve(value_bytes + scale_bytes));
+    packed = {memory, reinterpret_cast<float*>(memory + value_bytes)};
+    return memory != nullptr;
+  }
 };
 
 void pack_task(void* argument, size_t index) {
   const Job& job = *static_cast<const Job*>(argument);
-  job.row.pack(job.x, job.tokens, job.w.columns, static_cast<int64_t>(index), job.packed);
+  const int64_t tile = static_cast<int64_t>(index);
+  if (!is_integer(job.w.type))
+    return job.row.floats(job.w.type).pack(job.x, job.tokens, job.w.columns, tile,
+                                           static_cast<float*>(job.packed.values));
+  const TokenTile part = token_tile(job.tokens, tile);
+  job.row.round(job.x + part.first * job.w.columns, part.tokens, job.w.activation_bits,
+                job.rounded.from(part.first));
+  job.row.integers(job.w.type).pack(job.w, job.rounded, job.tokens, tile, job.packed);
 }
 
 void product_task(void* argument, size_t index) {
@@ -95,15 +136,22 @@ int64_t clamp(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : value > high ? high : value;
 }
 
-int64_t decode_blocks_per_task(const SparseFp32& w, int64_t tokens) {
+int64_t decode_blocks_per_task(const Weight& w, int64_t tokens) {
   const int64_t weights = w.blocks() * kBlockRows * w.columns;
   const int64_t tasks = clamp(weights * tokens / kDecodeTaskWeights, 1, kMaxTasks);
   return (w.blocks() + tasks - 1) / tasks;
 }
 
+/// Whether `tokens` are enough for the row's prefill.
+bool takes_prefill(const KernelRow& row, ValueType type, int64_t tokens) {
+  if (is_integer(type))
+    return row.integers(type).prefill != nullptr && tokens >= row.integers(type).prefill_min_tokens;
+  return row.floats(type).prefill != nullptr && tokens >= row.floats(type).prefill_min_tokens;
+}
+
 }  // namespace
 
-bool multiply(const KernelRow& row, const SparseFp32& w, const float* x, int64_t tokens, float* y,
+bool multiply(const KernelRow& row, const Weight& w, const float* x, int64_t tokens, float* y,
               const Parallel& parallel) noexcept {
   if (tokens <= 0) return true;
   // Passes of nearly equal size: 130 tokens as 72 + 58, not 128 + 2.
@@ -111,19 +159,44 @@ bool multiply(const KernelRow& row, const SparseFp32& w, const float* x, int64_t
   const int64_t pass = (tokens + passes * kTokenStep - 1) / (passes * kTokenStep) * kTokenStep;
   for (int64_t first = 0; first < tokens; first += pass) {
     const int64_t count = tokens - first < pass ? tokens - first : pass;
-    Job job{row, w, x + first * w.columns, count, y + first * w.outputs, nullptr, 0};
-    if (row.prefill == nullptr || count < row.prefill_min_tokens) {
-      job.blocks_per_task = decode_blocks_per_task(w, count);
-    } else {
+    Job job{row, w, x + first * w.columns, count, y + first * w.outputs, takes_prefill(row, w.type, count), {}, {}, 0};
+    if (!job.reserve()) return false;
+    if (job.prefill) {
       job.blocks_per_task = clamp(w.blocks() / kPrefillTasks, 1, kPrefillMaxBlocks);
-      job.packed = packed_scratch.reserve(packed_floats(count, w.columns));
-      if (job.packed == nullptr) return false;
       run(parallel, static_cast<size_t>(token_tile_count(count)), pack_task, &job);
+    } else {
+      job.blocks_per_task = decode_blocks_per_task(w, count);
+      if (is_integer(w.type)) row.round(job.x, count, w.activation_bits, job.rounded);
     }
     if (w.gated()) job.blocks_per_task += job.blocks_per_task % 2;  // a task has whole pairs
     run(parallel, job.tasks(), product_task, &job);
   }
   return true;
+}
+
+int64_t gather_rows(const Weight& w, const int64_t* ids, int64_t count, float* y) noexcept {
+  const int64_t width = step_columns(w.type);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t id = load_at<int64_t>(ids, i);
+    if (id < 0 || id >= w.rows) return i;
+    const uint8_t* values = w.block_values(id / kBlockRows);
+    for (int64_t k = 0; k < w.columns; ++k) {
+      const int64_t position = k / width * (kBlockRows * width) + id % kBlockRows * width + k % width;
+      float value;
+      switch (w.type) {
+        case ValueType::kFp32: value = load_at<float>(values, position); break;
+        case ValueType::kBf16: value = from_bf16(load_at<uint16_t>(values, position)); break;
+        case ValueType::kInt8: value = static_cast<float>(static_cast<int8_t>(values[position])); break;
+        default: value = static_cast<float>(w.codebook[values[position / 2] >> (position % 2 * 4) & 15]);
+      }
+      if (is_integer(w.type)) {
+        const int64_t scale = k / w.group * kBlockRows + id % kBlockRows;
+        value *= from_fp16(load_at<uint16_t>(w.block_scales(id / kBlockRows), scale));
+      }
+      y[i * w.columns + k] = value;
+    }
+  }
+  return -1;
 }
 
 }  // namespace losa

@@ -1,5 +1,8 @@
-// The ONNX Runtime operators of domain losa.sparse: SparseMatMulFp32, Y = X W^T with W compressed, and
-// SparseSwiGLUFp32, Y = silu(X Wgate^T) * (X Wup^T) with both in one container.
+// The ONNX Runtime operators of domain losa.sparse, for values of each type (ValueType):
+//   SparseMatMul   Y = X W^T with W compressed
+//   SparseSwiGLU   Y = silu(X Wgate^T) * (X Wup^T) with both in one container
+//   DenseMatMul    Y = X W^T with W rounded but not pruned, for the head
+//   Embedding      rows of such a W by number, for the table that a head may share
 //
 // No exception leaves this file: each entry returns an OrtStatus. Messages that a caller should map to a
 // typed error start with "losa.FormatError: " or "losa.KernelError: ".
@@ -19,21 +22,33 @@ namespace {
 using ort::Calls;
 using ort::Status;
 
-constexpr size_t kInputs = 4;  // X, mask, values, block_offsets
-constexpr const char* kInputNames[kInputs] = {"X", "mask", "values", "block_offsets"};
-constexpr int kInputTypes[kInputs] = {ort::kFloat, ort::kUint8, ort::kFloat, ort::kInt64};
+enum class Kind { kSparseMatMul, kSparseSwiGLU, kDenseMatMul, kEmbedding };
+
+/// One input of an operator.
+struct Input {
+  const char* name;
+  int type;                  // ort::ElementType
+  size_t element_bytes;
+  Bytes WeightParts::*part;  // null for X and ids
+};
 
 /// An operator; its callbacks get it back. `api` is for the one that ONNX Runtime gives none.
 struct Op : ort::CustomOp {
   const ort::Api* api;
-  const char* name;
-  bool gated;
+  std::string name;
+  Kind kind;
+  ValueType type;
+  std::vector<Input> inputs;
+
+  bool gated() const { return kind == Kind::kSparseSwiGLU; }
+  bool dense() const { return kind == Kind::kDenseMatMul || kind == Kind::kEmbedding; }
 };
 
 struct Kernel {
   Calls calls;
   const KernelRow* row;
-  SparseFp32 weight;
+  Weight weight;
+  Kind kind;
   std::string where;  // operator and node, for messages
 };
 
@@ -65,26 +80,27 @@ Status* describe_tensor(const Calls& calls, const ort::Value* value, std::vector
   return status;
 }
 
-/// A constant input's data and element count; its shape must have the right product, not a certain rank.
-Status* constant(const Calls& calls, const ort::KernelInfo* info, const std::string& where, size_t index,
-                 const void** data, size_t* count) {
+/// A constant input's bytes; its shape must have the right product, not a certain rank.
+Status* constant(const Calls& calls, const ort::KernelInfo* info, const std::string& where, const Op& op,
+                 size_t index, Bytes* bytes) {
+  const Input& input = op.inputs[index];
   int is_constant = 0;
   const ort::Value* value = nullptr;
   if (Status* status = calls.constant_input(info, index, &is_constant, &value)) return status;
   if (!is_constant || value == nullptr)
-    return format_error(calls, where, std::string("input '") + kInputNames[index] +
+    return format_error(calls, where, std::string("input '") + input.name +
                                     "' is not an initializer; the weight must be constant");
   std::vector<int64_t> dims;
   int type = 0;
   if (Status* status = describe_tensor(calls, value, &dims, &type)) return status;
-  if (type != kInputTypes[index])
-    return format_error(calls, where, std::string("input '") + kInputNames[index] + "' has element type " +
-                                    std::to_string(type) + ", not " + std::to_string(kInputTypes[index]));
-  *count = 1;
-  for (int64_t dim : dims) *count *= static_cast<size_t>(dim);
+  if (type != input.type)
+    return format_error(calls, where, std::string("input '") + input.name + "' has element type " +
+                                    std::to_string(type) + ", not " + std::to_string(input.type));
+  bytes->size = input.element_bytes;
+  for (int64_t dim : dims) bytes->size *= static_cast<size_t>(dim);
   void* pointer = nullptr;
   if (Status* status = calls.data(value, &pointer)) return status;
-  *data = pointer;
+  bytes->data = pointer;
   return nullptr;
 }
 
@@ -96,31 +112,40 @@ Status* attribute(const Calls& calls, const ort::KernelInfo* info, const std::st
   return format_error(calls, where, std::string("attribute '") + name + "' is missing");
 }
 
+/// An attribute that may be left out: `value` then keeps what it holds.
+void optional_attribute(const Calls& calls, const ort::KernelInfo* info, const char* name, int64_t* value) {
+  int64_t found = 0;
+  if (Status* status = calls.attribute(info, name, &found))
+    calls.release(status);
+  else
+    *value = found;
+}
+
 Status* create(const Op& op, const Calls& calls, const ort::KernelInfo* info, void** result) {
-  const std::string where = std::string(op.name) + " node '" + node_name(calls, info) + "'";
-  SparseFp32Parts parts{};
-  parts.gated = op.gated;
+  const std::string where = op.name + " node '" + node_name(calls, info) + "'";
+  WeightParts parts{};
+  parts.type = static_cast<int32_t>(op.type);
+  parts.gated = op.gated();
+  parts.dense = op.dense();
   if (Status* status = attribute(calls, info, where, "N", &parts.rows)) return status;
   if (Status* status = attribute(calls, info, where, "K", &parts.columns)) return status;
-  parts.layout = kLayoutN16;  // the attribute may be left out: 1 is its default
-  if (Status* status = calls.attribute(info, "layout", &parts.layout)) {
-    calls.release(status);
-    parts.layout = kLayoutN16;
+  parts.layout = kLayoutN16;
+  optional_attribute(calls, info, "layout", &parts.layout);
+  parts.group = kMaxGroup;
+  parts.activation_bits = 16;
+  if (is_integer(op.type)) {
+    optional_attribute(calls, info, "group", &parts.group);
+    optional_attribute(calls, info, "activation_bits", &parts.activation_bits);
   }
-  const void *masks = nullptr, *values = nullptr, *offsets = nullptr;
-  if (Status* status = constant(calls, info, where, 1, &masks, &parts.mask_bytes)) return status;
-  if (Status* status = constant(calls, info, where, 2, &values, &parts.value_count)) return status;
-  if (Status* status = constant(calls, info, where, 3, &offsets, &parts.offset_count)) return status;
-  parts.masks = static_cast<const uint8_t*>(masks);
-  parts.values = static_cast<const float*>(values);
-  parts.block_offsets = static_cast<const int64_t*>(offsets);
+  for (size_t i = 1; i < op.inputs.size(); ++i)
+    if (Status* status = constant(calls, info, where, op, i, &(parts.*op.inputs[i].part))) return status;
 
   std::string error;
   const KernelRow* row = select_row_from_environment(&error);
   if (row == nullptr) return calls.create_status(ort::kFail, ("losa.KernelError: " + error).c_str());
-  SparseFp32 weight{};
+  Weight weight{};
   if (!validate(parts, &weight, &error)) return format_error(calls, where, error);
-  *result = new Kernel{calls, row, weight, where};
+  *result = new Kernel{calls, row, weight, op.kind, where};
   return nullptr;
 }
 
@@ -140,27 +165,40 @@ struct SessionThreads {
 
 Status* compute(const Kernel& kernel, ort::KernelContext* context) {
   const Calls& calls = kernel.calls;
+  const Weight& weight = kernel.weight;
   const ort::Value* input = nullptr;
   if (Status* status = calls.input(context, 0, &input)) return status;
   std::vector<int64_t> dims;
   int type = 0;
   if (Status* status = describe_tensor(calls, input, &dims, &type)) return status;
-  if (dims.empty() || dims.back() != kernel.weight.columns)
+  const bool embedding = kernel.kind == Kind::kEmbedding;
+  if (!embedding && (dims.empty() || dims.back() != weight.columns))
     return format_error(calls, kernel.where,
                         "the last dimension of X is " +
                             (dims.empty() ? std::string("absent") : std::to_string(dims.back())) +
-                            ", the weight has K = " + std::to_string(kernel.weight.columns));
+                            ", the weight has K = " + std::to_string(weight.columns));
+  if (embedding)
+    dims.push_back(weight.columns);
+  else
+    dims.back() = weight.outputs;
   int64_t tokens = 1;
   for (size_t i = 0; i + 1 < dims.size(); ++i) tokens *= dims[i];
-  dims.back() = kernel.weight.outputs;
   ort::Value* output = nullptr;
   if (Status* status = calls.output(context, 0, dims.data(), dims.size(), &output)) return status;
   void *x = nullptr, *y = nullptr;
   if (Status* status = calls.data(input, &x)) return status;
   if (Status* status = calls.data(output, &y)) return status;
 
+  if (embedding) {
+    const int64_t* ids = static_cast<const int64_t*>(x);
+    const int64_t wrong = gather_rows(weight, ids, tokens, static_cast<float*>(y));
+    if (wrong < 0) return nullptr;
+    return calls.create_status(ort::kInvalidArgument, (kernel.where + ": id " + std::to_string(ids[wrong]) +
+                                                       " is not below " + std::to_string(weight.rows))
+                                                          .c_str());
+  }
   SessionThreads threads{calls, context, nullptr};
-  const bool enough_memory = multiply(*kernel.row, kernel.weight, static_cast<const float*>(x), tokens,
+  const bool enough_memory = multiply(*kernel.row, weight, static_cast<const float*>(x), tokens,
                                       static_cast<float*>(y), {SessionThreads::run, &threads});
   if (threads.status != nullptr) return threads.status;
   if (!enough_memory)
@@ -168,10 +206,10 @@ Status* compute(const Kernel& kernel, ort::KernelContext* context) {
   return nullptr;
 }
 
-/// Y has the shape of X with N as its last dimension, which lets ONNX Runtime plan memory.
-Status* infer_shape(const Calls& calls, ort::ShapeInferContext* context) {
+/// Y has the shape of X with N as its last dimension (of ids with K behind), which lets ONNX Runtime plan memory.
+Status* infer_shape(const Calls& calls, ort::ShapeInferContext* context, bool embedding) {
   const ort::OpAttribute* attribute = nullptr;
-  if (Status* status = calls.attribute(context, "N", &attribute)) return status;
+  if (Status* status = calls.attribute(context, embedding ? "K" : "N", &attribute)) return status;
   int64_t rows = 0;
   if (Status* status = calls.read(attribute, &rows)) return status;
   ort::TensorInfo* input = nullptr;
@@ -180,9 +218,14 @@ Status* infer_shape(const Calls& calls, ort::ShapeInferContext* context) {
   if (Status* status = calls.rank(input, &rank)) return status;
   if (rank == 0) return nullptr;  // a scalar is refused when it arrives; an unknown shape stays unknown
   std::vector<int64_t> dims(rank);
-  std::vector<const char*> names(rank);
+  std::vector<const char*> names(rank, "");
   if (Status* status = calls.dims(input, dims.data(), rank)) return status;
   if (Status* status = calls.dim_names(input, names.data(), rank)) return status;
+  if (embedding) {
+    dims.push_back(rows);
+    names.push_back("");
+    ++rank;
+  }
   dims.back() = rows;
   names.back() = "";
   ort::TensorInfo* output = nullptr;
@@ -205,17 +248,39 @@ Status* guarded(const Calls& calls, Body body) noexcept {
   }
 }
 
-Op make_op(const ort::Api* api, const char* name, bool gated) {
+std::vector<Input> inputs_of(Kind kind, ValueType type) {
+  const bool dense = kind == Kind::kDenseMatMul || kind == Kind::kEmbedding;
+  static constexpr int kTypes[] = {ort::kFloat, ort::kBfloat16, ort::kInt8, ort::kUint8};
+  std::vector<Input> inputs;
+  if (kind == Kind::kEmbedding)
+    inputs.push_back({"ids", ort::kInt64, 8, nullptr});
+  else
+    inputs.push_back({"X", ort::kFloat, 4, nullptr});
+  if (!dense) inputs.push_back({"mask", ort::kUint8, 1, &WeightParts::masks});
+  inputs.push_back({"values", kTypes[static_cast<int>(type)], static_cast<size_t>(element_bytes(type)),
+                    &WeightParts::values});
+  if (!dense) inputs.push_back({"block_offsets", ort::kInt64, 8, &WeightParts::block_offsets});
+  if (is_integer(type)) inputs.push_back({"scales", ort::kFloat16, 2, &WeightParts::scales});
+  if (type == ValueType::kInt4) inputs.push_back({"codebook", ort::kInt8, 1, &WeightParts::codebook});
+  return inputs;
+}
+
+Op make_op(const ort::Api* api, const char* name, Kind kind, ValueType type) {
   using ort::CustomOp;
+  static constexpr const char* kTypeNames[] = {"Fp32", "Bf16", "Int8", "Int4"};
   Op op{};
   op.api = api;
-  op.name = name;
-  op.gated = gated;
+  op.name = std::string(name) + kTypeNames[static_cast<int>(type)];
+  op.kind = kind;
+  op.type = type;
+  op.inputs = inputs_of(kind, type);
   op.version = ort::kApiVersion;
-  op.GetName = [](const CustomOp* self) { return static_cast<const Op*>(self)->name; };
+  op.GetName = [](const CustomOp* self) { return static_cast<const Op*>(self)->name.c_str(); };
   op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return "CPUExecutionProvider"; };
-  op.GetInputTypeCount = [](const CustomOp*) { return kInputs; };
-  op.GetInputType = [](const CustomOp*, size_t index) { return kInputTypes[index]; };
+  op.GetInputTypeCount = [](const CustomOp* self) { return static_cast<const Op*>(self)->inputs.size(); };
+  op.GetInputType = [](const CustomOp* self, size_t index) {
+    return static_cast<const Op*>(self)->inputs[index].type;
+  };
   op.GetOutputTypeCount = [](const CustomOp*) -> size_t { return 1; };
   op.GetOutputType = [](const CustomOp*, size_t) -> int { return ort::kFloat; };
   op.GetInputCharacteristic = [](const CustomOp*, size_t) -> int { return ort::kRequired; };
@@ -239,7 +304,8 @@ Op make_op(const ort::Api* api, const char* name, bool gated) {
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.InferOutputShapeFn = [](const CustomOp* self, ort::ShapeInferContext* context) {
     const Calls calls(static_cast<const Op*>(self)->api);
-    return guarded(calls, [&] { return infer_shape(calls, context); });
+    const bool embedding = static_cast<const Op*>(self)->kind == Kind::kEmbedding;
+    return guarded(calls, [&] { return infer_shape(calls, context, embedding); });
   };
   return op;
 }
@@ -247,7 +313,18 @@ Op make_op(const ort::Api* api, const char* name, bool gated) {
 /// The one domain of this process: sessions borrow it, so it is kept until the library is unloaded.
 Status* shared_domain(const ort::Api* api, ort::CustomOpDomain** domain) {
   const Calls calls(api);
-  static const Op ops[] = {make_op(api, "SparseMatMulFp32", false), make_op(api, "SparseSwiGLUFp32", true)};
+  static const std::vector<Op> ops = [api] {
+    std::vector<Op> all;
+    for (int type = 0; type < kValueTypes; ++type) {
+      const ValueType value_type = static_cast<ValueType>(type);
+      all.push_back(make_op(api, "SparseMatMul", Kind::kSparseMatMul, value_type));
+      all.push_back(make_op(api, "SparseSwiGLU", Kind::kSparseSwiGLU, value_type));
+      if (value_type == ValueType::kFp32) continue;  // ONNX has these
+      all.push_back(make_op(api, "DenseMatMul", Kind::kDenseMatMul, value_type));
+      all.push_back(make_op(api, "Embedding", Kind::kEmbedding, value_type));
+    }
+    return all;
+  }();
   static std::mutex mutex;
   static ort::CustomOpDomain* made = nullptr;
   const std::lock_guard<std::mutex> lock(mutex);

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "losa/numbers.h"
+
 namespace losa {
 namespace {
 
@@ -15,65 +17,158 @@ bool fail(std::string* error, const std::string& message) {
 
 std::string number(int64_t value) { return std::to_string(value); }
 
-int64_t kept_in(const uint8_t* mask, int64_t bytes) {
-  int64_t kept = 0;
-  int64_t i = 0;
-  for (; i + 8 <= bytes; i += 8) {
-    uint64_t word;
-    std::memcpy(&word, mask + i, sizeof word);
-    kept += __builtin_popcountll(word);
+/// Checks one weight part by part. Each check may rely on those before it.
+class Validator {
+ public:
+  Validator(const WeightParts& parts, Weight* weight, std::string* error) : parts_(parts), w_(*weight), error_(error) {}
+
+  bool run() {
+    return header() && sizes() && (w_.dense() ? dense_values() : sparse_values() && edges()) && scales();
   }
-  for (; i < bytes; ++i) kept += __builtin_popcount(mask[i]);
-  return kept;
-}
+
+ private:
+  const WeightParts& parts_;
+  Weight& w_;
+  std::string* error_;
+  int64_t matrices_ = 1, blocks_of_each_ = 0;
+
+  bool header() {
+    if (parts_.type < 0 || parts_.type >= kValueTypes)
+      return fail(error_, "value type " + number(parts_.type) + " is not known to this library");
+    if (parts_.layout != kLayoutN16)
+      return fail(error_,
+                  "layout is " + number(parts_.layout) + ", this library reads layout 1; export the model again");
+    if (parts_.rows <= 0 || parts_.columns <= 0 || parts_.rows > kMaxSide || parts_.columns > kMaxSide)
+      return fail(error_, "N = " + number(parts_.rows) + " and K = " + number(parts_.columns) +
+                              " are not the sides of a weight");
+    matrices_ = parts_.gated ? 2 : 1;  // their blocks alternate
+    blocks_of_each_ = (parts_.rows + kBlockRows - 1) / kBlockRows;
+    w_ = {};
+    w_.type = static_cast<ValueType>(parts_.type);
+    w_.outputs = parts_.rows;
+    w_.rows = parts_.gated ? matrices_ * blocks_of_each_ * kBlockRows : parts_.rows;
+    w_.columns = parts_.columns;
+    w_.masks = parts_.dense ? nullptr : static_cast<const uint8_t*>(parts_.masks.data);
+    w_.values = static_cast<const uint8_t*>(parts_.values.data);
+    w_.block_offsets = parts_.dense ? nullptr : static_cast<const int64_t*>(parts_.block_offsets.data);
+    w_.group = kMaxGroup;
+    if (!is_integer(w_.type)) return true;
+    w_.scales = static_cast<const uint16_t*>(parts_.scales.data);
+    w_.codebook = w_.type == ValueType::kInt4 ? static_cast<const int8_t*>(parts_.codebook.data) : nullptr;
+    w_.group = parts_.group;
+    w_.activation_bits = parts_.activation_bits;
+    if (w_.group != 32 && w_.group != 64 && w_.group != kMaxGroup)
+      return fail(error_, "group is " + number(w_.group) + ", this library knows 32, 64 and 128");
+    if (w_.activation_bits != 8 && w_.activation_bits != 16)
+      return fail(error_, "activation_bits is " + number(w_.activation_bits) + ", this library knows 8 and 16");
+    return true;
+  }
+
+  bool size(const char* name, const Bytes& part, int64_t expected) {
+    if (part.size != static_cast<uint64_t>(expected))
+      return fail(error_, std::string(name) + " has " + number(static_cast<int64_t>(part.size)) + " bytes, N = " +
+                              number(parts_.rows) + " and K = " + number(parts_.columns) + " need " +
+                              number(expected));
+    if (part.data == nullptr && expected != 0) return fail(error_, std::string(name) + " has no data");
+    return true;
+  }
+
+  bool sizes() {
+    const int64_t blocks = w_.blocks();
+    if (parts_.dense && (parts_.gated || w_.type == ValueType::kFp32))
+      return fail(error_, "a dense weight is neither gated nor of fp32");
+    if (!parts_.dense) {
+      if (!size("mask", parts_.masks, blocks * w_.steps() * w_.mask_bytes_of_step())) return false;
+      if (!size("block_offsets", parts_.block_offsets, (blocks + 1) * 8)) return false;
+    }
+    if (parts_.values.data == nullptr) return fail(error_, "values has no data");
+    if (!is_integer(w_.type)) return true;
+    if (!size("scales", parts_.scales, blocks * w_.groups() * kBlockRows * 2)) return false;
+    return w_.type != ValueType::kInt4 || size("codebook", parts_.codebook, 16);
+  }
+
+  bool enough_values(int64_t elements) {
+    const int64_t needed = elements * element_bytes(w_.type) + kValuePadding;
+    if (parts_.values.size >= static_cast<uint64_t>(needed)) return true;
+    return fail(error_, "values has " + number(static_cast<int64_t>(parts_.values.size)) + " bytes, " +
+                            number(elements) + " elements and " + number(kValuePadding) + " bytes of padding need " +
+                            number(needed));
+  }
+
+  bool dense_values() { return enough_values(w_.blocks() * w_.steps() * w_.dense_step_elements()); }
+
+  /// Elements of `values` that a block's masks keep.
+  int64_t kept_in(int64_t block) const {
+    const uint8_t* mask = w_.block_masks(block);
+    const int64_t step_bytes = w_.mask_bytes_of_step(), bytes = w_.steps() * step_bytes;
+    int64_t kept = 0, i = 0;
+    if (w_.type == ValueType::kInt4) {
+      for (; i < bytes; i += 8) kept += (__builtin_popcountll(load_at<uint64_t>(mask + i, 0)) + 1) / 2;
+      return kept;
+    }
+    for (; i + 8 <= bytes; i += 8) kept += __builtin_popcountll(load_at<uint64_t>(mask + i, 0));
+    for (; i < bytes; ++i) kept += __builtin_popcount(mask[i]);
+    return kept;
+  }
+
+  bool sparse_values() {
+    if (w_.offset(0) != 0) return fail(error_, "block_offsets starts at " + number(w_.offset(0)) + ", not at 0");
+    int64_t expected = 0;
+    for (int64_t block = 0; block < w_.blocks(); ++block) {
+      expected += kept_in(block);
+      const int64_t stored = w_.offset(block + 1);
+      if (stored != expected)
+        return fail(error_, "block_offsets[" + number(block + 1) + "] is " + number(stored) +
+                                ", the mask of the blocks before it keeps " + number(expected) + " values");
+    }
+    return enough_values(expected);
+  }
+
+  /// No mask keeps a position beyond the last row or column.
+  bool edges() {
+    const int64_t width = step_columns(w_.type), step_bytes = w_.mask_bytes_of_step();
+    const int64_t rows_in_last = parts_.rows - (blocks_of_each_ - 1) * kBlockRows;
+    const int64_t columns_in_last = parts_.columns - (w_.steps() - 1) * width;
+    uint8_t row_edge[8] = {}, column_edge[8] = {};  // positions of a step that are beyond
+    for (int64_t position = 0; position < kBlockRows * width; ++position) {
+      const uint8_t bit = static_cast<uint8_t>(1u << (position % 8));
+      if (position / width >= rows_in_last) row_edge[position / 8] |= bit;
+      if (position % width >= columns_in_last) column_edge[position / 8] |= bit;
+    }
+    for (int64_t block = 0; block < w_.blocks(); ++block) {
+      const bool last_block = block >= w_.blocks() - matrices_;
+      const uint8_t* masks = w_.block_masks(block);
+      for (int64_t step = last_block ? 0 : w_.steps() - 1; step < w_.steps(); ++step) {
+        for (int64_t i = 0; i < step_bytes; ++i) {
+          const uint8_t kept = masks[step * step_bytes + i];
+          if (last_block && (kept & row_edge[i]) != 0)
+            return fail(error_, "mask keeps a weight of column " +
+                                    number(step * width + __builtin_ctz(kept & row_edge[i]) % width) +
+                                    " in a row beyond N = " + number(parts_.rows));
+          if (step == w_.steps() - 1 && (kept & column_edge[i]) != 0)
+            return fail(error_, "mask keeps a weight beyond the last of K = " + number(parts_.columns) + " columns");
+        }
+      }
+    }
+    return true;
+  }
+
+  bool scales() {
+    if (!is_integer(w_.type)) return true;
+    const int64_t count = w_.blocks() * w_.groups() * kBlockRows;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint16_t bits = load_at<uint16_t>(w_.scales, i);
+      if (bits >= 0x7c00)  // negative, infinite or not a number
+        return fail(error_, "scales[" + number(i) + "] is not a finite number of 0 or more");
+    }
+    return true;
+  }
+};
 
 }  // namespace
 
-bool validate(const SparseFp32Parts& parts, SparseFp32* weight, std::string* error) {
-  if (parts.layout != kLayoutN16)
-    return fail(error,
-                "layout is " + number(parts.layout) + ", this library reads layout 1; export the model again");
-  if (parts.rows <= 0 || parts.columns <= 0 || parts.rows > kMaxSide || parts.columns > kMaxSide)
-    return fail(error, "N = " + number(parts.rows) + " and K = " + number(parts.columns) +
-                           " are not the sides of a weight");
-  const int64_t matrices = parts.gated ? 2 : 1;  // their blocks alternate
-  const int64_t blocks_of_each = (parts.rows + kBlockRows - 1) / kBlockRows;
-  const int64_t blocks = matrices * blocks_of_each;
-  if (parts.mask_bytes != static_cast<uint64_t>(blocks) * parts.columns * 2)
-    return fail(error, "mask has " + number(parts.mask_bytes) + " bytes, N = " + number(parts.rows) +
-                           " and K = " + number(parts.columns) + " need " + number(blocks * parts.columns * 2));
-  if (parts.offset_count != static_cast<uint64_t>(blocks) + 1)
-    return fail(error, "block_offsets has " + number(parts.offset_count) + " entries, " + number(blocks) +
-                           " blocks need " + number(blocks + 1));
-  if (parts.masks == nullptr || parts.values == nullptr || parts.block_offsets == nullptr)
-    return fail(error, "mask, values or block_offsets has no data");
-  const int64_t stored_rows = parts.gated ? blocks * kBlockRows : parts.rows;
-  const SparseFp32 candidate{stored_rows,  parts.columns,       parts.masks,
-                             parts.values, parts.block_offsets, parts.rows};
-  if (candidate.offset(0) != 0)
-    return fail(error, "block_offsets starts at " + number(candidate.offset(0)) + ", not at 0");
-
-  int64_t expected = 0;
-  for (int64_t block = 0; block < blocks; ++block) {
-    expected += kept_in(candidate.block_masks(block), parts.columns * 2);
-    const int64_t stored = candidate.offset(block + 1);
-    if (stored != expected)
-      return fail(error, "block_offsets[" + number(block + 1) + "] is " + number(stored) +
-                             ", the mask of the blocks before it keeps " + number(expected) + " values");
-  }
-  if (parts.value_count < static_cast<uint64_t>(expected) + kValuePadding)
-    return fail(error, "values has " + number(parts.value_count) + " entries, the mask keeps " +
-                           number(expected) + " and " + number(kValuePadding) + " of padding must follow");
-  const int64_t rows_in_last = parts.rows - (blocks_of_each - 1) * kBlockRows;
-  const unsigned absent = 0xffffu << rows_in_last & 0xffffu;
-  const uint8_t* last = candidate.block_masks(blocks - matrices);  // of each matrix, one after the other
-  for (int64_t k = 0; absent != 0 && k < matrices * parts.columns; ++k) {
-    if ((last[2 * k] | last[2 * k + 1] << 8) & absent)
-      return fail(error, "mask keeps a weight of column " + number(k % parts.columns) +
-                             " in a row beyond N = " + number(parts.rows));
-  }
-  *weight = candidate;
-  return true;
+bool validate(const WeightParts& parts, Weight* weight, std::string* error) {
+  return Validator(parts, weight, error).run();
 }
 
 }  // namespace losa

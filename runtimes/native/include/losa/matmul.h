@@ -13,7 +13,11 @@ struct Parallel {
 /// y (tokens, outputs) = x (tokens, columns) W^T with the kernels of `row`; for a gated weight y is
 /// silu(x Wgate^T) times x Wup^T, element by element.
 /// Returns false if memory for the packed activations ran out; y is then unspecified.
-bool multiply(const KernelRow& row, const SparseFp32& w, const float* x, int64_t tokens, float* y,
+bool multiply(const KernelRow& row, const Weight& w, const float* x, int64_t tokens, float* y,
               const Parallel& parallel) noexcept;
+
+/// y (count, columns) = the rows of the dense weight `w` that `ids` name, as float32. Returns the index of the first
+/// id that is no row of `w`, or -1.
+int64_t gather_rows(const Weight& w, const int64_t* ids, int64_t count, float* y) noexcept;
 
 }  // namespace losa

@@ -32,7 +32,7 @@ struct ApiBase {
 };
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kInvalidGraph = 10 };
-enum ElementType : int { kFloat = 1, kUint8 = 2, kInt64 = 7 };
+enum ElementType : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt64 = 7, kFloat16 = 10, kBfloat16 = 16 };
 enum InputOutputCharacteristic : int { kRequired = 0 };
 enum AttributeType : int { kInt = 1 };
 

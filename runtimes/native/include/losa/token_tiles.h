@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "losa/sparse_fp32.h"
+#include "losa/weight.h"
 
 namespace losa {
 

@@ -1,25 +1,30 @@
-// Is a compressed weight what its header says? Everything the kernels rely on is checked here, once.
+// Is a weight what its header says? Everything the kernels rely on is checked here, once.
 #pragma once
 #include <cstddef>
 #include <string>
 
-#include "losa/sparse_fp32.h"
+#include "losa/weight.h"
 
 namespace losa {
 
-/// The parts as they came from a file, none of them trusted.
-struct SparseFp32Parts {
+/// One part of a weight as it came from a file, not trusted.
+struct Bytes {
+  const void* data;
+  size_t size;  // in bytes
+};
+
+/// The parts of a weight, none of them trusted. Also the C interface's view of one (c_api.cpp, native.py).
+struct WeightParts {
+  int32_t type;   // a ValueType
+  int32_t gated;  // 0 or 1
+  int32_t dense;  // 0 or 1: without masks and block_offsets
+  int32_t reserved;
   int64_t rows, columns, layout;  // `rows` is N: of a gated weight, those of one of its two matrices
-  bool gated;
-  const uint8_t* masks;
-  size_t mask_bytes;
-  const float* values;
-  size_t value_count;
-  const int64_t* block_offsets;
-  size_t offset_count;
+  int64_t group, activation_bits;  // of int8 and int4
+  Bytes masks, values, block_offsets, scales, codebook;
 };
 
 /// Fills `weight` and returns true, or returns false with the first contradiction in `error`.
-bool validate(const SparseFp32Parts& parts, SparseFp32* weight, std::string* error);
+bool validate(const WeightParts& parts, Weight* weight, std::string* error);
 
 }  // namespace losa

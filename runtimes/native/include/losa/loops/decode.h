@@ -30,10 +30,10 @@ struct Decode {
 
   /// `Sums` partial sums, each over every Sums-th column.
   template <int Tokens, int Sums>
-  static void block(const losa::SparseFp32& w, int64_t index, const float* x, float* y) {
+  static void block(const losa::Weight& w, int64_t index, const float* x, float* y) {
     const int64_t columns = w.columns;
     const uint8_t* masks = w.block_masks(index);
-    const float* values = w.block_values(index);
+    const float* values = reinterpret_cast<const float*>(w.block_values(index));
     Vector sums[Tokens][Sums][kParts];
     for (int t = 0; t < Tokens; ++t)
       for (int s = 0; s < Sums; ++s)
@@ -66,7 +66,7 @@ struct Decode {
     }
   }
 
-  static void run(const losa::SparseFp32& w, losa::BlockRange blocks, const float* x, int64_t tokens,
+  static void run(const losa::Weight& w, losa::BlockRange blocks, const float* x, int64_t tokens,
                   float* y) {
     const int64_t groups = (tokens + kMaxTokens - 1) / kMaxTokens;
     for (int64_t index = blocks.first; index < blocks.last; ++index) {

@@ -1,34 +1,46 @@
 // Many tokens: a tile of weights is expanded to L1, where it meets tiles of packed activations.
 //
-// Each weight is expanded once for up to kPrefillTokens tokens. A Product says how a tile of weights meets a
-// tile of activations, and how its sums lie: DenseProduct multiplies zeros too, SkipProduct does not.
+// Each weight is expanded once for up to kPrefillTokens tokens. A Source walks a block and expands it tile by
+// tile; a Product says how a tile of weights meets a tile of activations, and how its sums lie: DenseProduct
+// multiplies zeros too, SkipProduct does not.
+//
+// A tile's elements are what one lane takes of W and of x in one multiply-add: a float of one column, or a
+// pair of 16-bit integers of two. V gives, besides what expand.h lists,
+//   Element                       float, or int32_t for a pair
+//   begin(sums)                   sums to go on with: those so far, or zero where a tile is summed for itself
+//   finish(sums, total, a, b)     stores a tile's sums; a and b are the vectors of the two scales
+//   scale(p), scales(p)           such a vector from one float for all lanes, or one for each
+// begin and finish take and leave floats.
 
-constexpr int64_t kTileColumns = 64;  // of K: one 64-bit mask a row, and 16 KiB of activations
+constexpr int64_t kTileColumns = 64;  // elements of a row in a tile: one 64-bit mask, 16 KiB of activations
 constexpr int64_t kMaxBlocks = 8;     // a task's blocks share one tile of activations
 
 /// A tile of one block's weights.
+template <class Element>
 struct WeightTile {
-  float weights[kTileColumns * losa::kBlockRows];  // [column][row]
-  uint64_t kept[losa::kBlockRows];                 // bit k: is column k of this row kept? For SkipProduct
+  alignas(64) Element weights[kTileColumns * losa::kBlockRows];  // [column][row]
+  alignas(64) float scales[losa::kBlockRows];                    // of each row; integers only
+  uint64_t kept[losa::kBlockRows];  // bit k: is any of column k's element kept? For SkipProduct
 };
 
 /// Lanes run along rows. V also gives kWideTokens, as many tokens as have their sums in registers, and
 /// kNarrowTokens, for what is left of a multiple of 8.
 template <class V>
 struct DenseProduct {
+  using Element = typename V::Element;
   using Vector = typename V::Vector;
-  static constexpr int kParts = Expand<V>::kParts;
+  static constexpr int kParts = losa::kBlockRows / V::kLanes;
   static constexpr bool kNeedsRowMasks = false;
 
   template <int Tokens>
-  static __attribute__((noinline)) void tokens(const WeightTile& tile, int64_t columns, const float* x,
-                                               int64_t width, float* sums) {
+  static __attribute__((noinline)) void tokens(const WeightTile<Element>& tile, int64_t columns, const Element* x,
+                                               int64_t width, const float* token_scales, float* sums) {
     Vector total[Tokens][kParts];
 #pragma GCC unroll 32
     for (int t = 0; t < Tokens; ++t)
       for (int part = 0; part < kParts; ++part)
-        total[t][part] = V::load(sums + (t * kParts + part) * V::kLanes);
-    const float* weights = tile.weights;
+        total[t][part] = V::begin(sums + (t * kParts + part) * V::kLanes);
+    const Element* weights = tile.weights;
     for (int64_t k = 0; k < columns; ++k, weights += losa::kBlockRows, x += width) {
       Vector weight[kParts];
       for (int part = 0; part < kParts; ++part) weight[part] = V::load(weights + part * V::kLanes);
@@ -42,19 +54,22 @@ struct DenseProduct {
 #pragma GCC unroll 32
     for (int t = 0; t < Tokens; ++t)
       for (int part = 0; part < kParts; ++part)
-        V::store(sums + (t * kParts + part) * V::kLanes, total[t][part]);
+        V::finish(sums + (t * kParts + part) * V::kLanes, total[t][part], V::scales(tile.scales + part * V::kLanes),
+                  V::scale(token_scales + t));
   }
 
   /// sums [token][row] += x [column][token] * weights [column][row]
-  static void add(const WeightTile& tile, int64_t columns, const float* x, int64_t width, float* sums) {
+  static void add(const WeightTile<Element>& tile, int64_t columns, const Element* x, int64_t width,
+                  const float* token_scales, float* sums) {
     constexpr int kWide = V::kWideTokens, kNarrow = V::kNarrowTokens;
     for (int64_t token = 0; token < width;) {
       const int64_t behind_wide = width - token - kWide;
       const bool wide = behind_wide == 0 || behind_wide >= kNarrow;
+      float* to = sums + token * losa::kBlockRows;
       if (wide)
-        tokens<kWide>(tile, columns, x + token, width, sums + token * losa::kBlockRows);
+        tokens<kWide>(tile, columns, x + token, width, token_scales + token, to);
       else
-        tokens<kNarrow>(tile, columns, x + token, width, sums + token * losa::kBlockRows);
+        tokens<kNarrow>(tile, columns, x + token, width, token_scales + token, to);
       token += wide ? kWide : kNarrow;
     }
   }
@@ -64,46 +79,49 @@ struct DenseProduct {
   }
 };
 
-/// Lanes run along tokens, so that an absent weight costs nothing: a row's kept columns are the set bits of
-/// a 64-bit mask. V also gives row_masks(masks, rows), which turns 16 bits a column for 64 columns into 64
-/// bits a row for 16 rows, and transpose8 as below; kLanes must be kTokenStep.
+/// Lanes run along tokens, so that an absent weight costs nothing: a row's kept elements are the set bits of
+/// a 64-bit mask. V also gives transpose8 as below; kLanes must be kTokenStep.
 template <class V>
 struct SkipProduct {
+  using Element = typename V::Element;
   using Vector = typename V::Vector;
   static constexpr bool kNeedsRowMasks = true;
   static_assert(V::kLanes == losa::kTokenStep && losa::kTileTokens == 8 * losa::kTokenStep, "switch in add()");
 
   template <int Vectors>
-  static void rows(const WeightTile& tile, const float* x, float* sums) {
+  static void rows(const WeightTile<Element>& tile, const Element* x, const float* token_scales, float* sums) {
     for (int row = 0; row < losa::kBlockRows; ++row, sums += Vectors * V::kLanes) {
-      const float* weights = tile.weights + row;
+      const Element* weights = tile.weights + row;
       Vector total[Vectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) total[v] = V::load(sums + v * V::kLanes);
+      for (int v = 0; v < Vectors; ++v) total[v] = V::begin(sums + v * V::kLanes);
       for (uint64_t kept = tile.kept[row]; kept != 0; kept &= kept - 1) {
         const int64_t k = __builtin_ctzll(kept);
         const Vector weight = V::broadcast(weights + k * losa::kBlockRows);
-        const float* column = x + k * (Vectors * V::kLanes);
+        const Element* column = x + k * (Vectors * V::kLanes);
 #pragma GCC unroll 8
         for (int v = 0; v < Vectors; ++v)
           total[v] = V::multiply_add(weight, V::load(column + v * V::kLanes), total[v]);
       }
+      const typename V::Scale scale = V::scale(tile.scales + row);
 #pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) V::store(sums + v * V::kLanes, total[v]);
+      for (int v = 0; v < Vectors; ++v)
+        V::finish(sums + v * V::kLanes, total[v], scale, V::scales(token_scales + v * V::kLanes));
     }
   }
 
   /// sums [row][token] += weights [column][row] * x [column][token], over each row's kept columns
-  static void add(const WeightTile& tile, int64_t, const float* x, int64_t width, float* sums) {
+  static void add(const WeightTile<Element>& tile, int64_t, const Element* x, int64_t width,
+                  const float* token_scales, float* sums) {
     switch (width / V::kLanes) {
-      case 1: return rows<1>(tile, x, sums);
-      case 2: return rows<2>(tile, x, sums);
-      case 3: return rows<3>(tile, x, sums);
-      case 4: return rows<4>(tile, x, sums);
-      case 5: return rows<5>(tile, x, sums);
-      case 6: return rows<6>(tile, x, sums);
-      case 7: return rows<7>(tile, x, sums);
-      default: return rows<8>(tile, x, sums);
+      case 1: return rows<1>(tile, x, token_scales, sums);
+      case 2: return rows<2>(tile, x, token_scales, sums);
+      case 3: return rows<3>(tile, x, token_scales, sums);
+      case 4: return rows<4>(tile, x, token_scales, sums);
+      case 5: return rows<5>(tile, x, token_scales, sums);
+      case 6: return rows<6>(tile, x, token_scales, sums);
+      case 7: return rows<7>(tile, x, token_scales, sums);
+      default: return rows<8>(tile, x, token_scales, sums);
     }
   }
 
@@ -120,60 +138,92 @@ struct SkipProduct {
   }
 };
 
-template <class V, class Product>
-struct Prefill {
-  using From = Expand<V>;
+/// Walks a block whose values are expanded to floats. V also gives row_masks(masks, rows), which turns 16 bits
+/// a column for 64 columns into 64 bits a row for 16 rows.
+template <class V>
+class Fp32Source {
+ public:
+  using Element = float;
+  static int64_t elements(const losa::Weight& w) { return w.columns; }
+  static int64_t tile_elements(const losa::Weight&) { return kTileColumns; }
 
-  /// Columns [0, columns) of what `masks` and `values` point at; moves `values` behind them.
-  LOSA_INLINE static void expand_tile(const uint8_t* masks, int64_t columns, const float*& values,
-                                      WeightTile* tile) {
+  void start(const losa::Weight& w, int64_t block) {
+    masks_ = w.block_masks(block);
+    values_ = reinterpret_cast<const float*>(w.block_values(block));
+  }
+
+  /// The next `columns` columns; only the last tile has fewer than kTileColumns.
+  template <bool RowMasks>
+  void expand(int64_t columns, WeightTile<float>* tile) {
     float* to = tile->weights;
     const auto expand_step = [&](const uint8_t* step) {
       const uint64_t kept = From::word(step);
 #pragma GCC unroll 4
       for (int column = 0; column < From::kStep; ++column)
         for (int part = 0; part < From::kParts; ++part, to += V::kLanes)
-          V::store(to, From::part(step, kept, values, column, part));
-      values += __builtin_popcountll(kept);
+          V::store(to, From::part(step, kept, values_, column, part));
+      values_ += __builtin_popcountll(kept);
     };
     int64_t k = 0;
-    for (; k + From::kStep <= columns; k += From::kStep) expand_step(masks + 2 * k);
-    if (k < columns) expand_step(typename From::LastStep(masks + 2 * k, columns - k).masks);
-    if constexpr (Product::kNeedsRowMasks) {
+    for (; k + From::kStep <= columns; k += From::kStep) expand_step(masks_ + 2 * k);
+    if (k < columns) expand_step(typename From::LastStep(masks_ + 2 * k, columns - k).masks);
+    if constexpr (RowMasks) {
       uint8_t padded[2 * kTileColumns] = {};
-      __builtin_memcpy(padded, masks, static_cast<size_t>(2 * columns));
+      __builtin_memcpy(padded, masks_, static_cast<size_t>(2 * columns));
       V::row_masks(padded, tile->kept);
     }
+    masks_ += 2 * columns;
   }
 
-  static void run(const losa::SparseFp32& w, losa::BlockRange blocks, const float* packed, int64_t tokens,
-                  float* y) {
+ private:
+  using From = Expand<V>;
+  const uint8_t* masks_;
+  const float* values_;
+};
+
+/// `packed_scales`, of integers only: for each tile of tokens and each tile of weights, one float a token.
+template <class Source, class Product>
+struct Prefill {
+  using Element = typename Source::Element;
+
+  static void run(const losa::Weight& w, losa::BlockRange blocks, const Element* packed,
+                  const float* packed_scales, int64_t tokens, float* y) {
     for (; blocks.first < blocks.last; blocks.first += kMaxBlocks) {
       const int64_t left = blocks.last - blocks.first;
-      group(w, blocks.first, left < kMaxBlocks ? left : kMaxBlocks, packed, tokens, y);
+      group(w, blocks.first, left < kMaxBlocks ? left : kMaxBlocks, packed, packed_scales, tokens, y);
     }
   }
 
-  static void group(const losa::SparseFp32& w, int64_t first, int64_t blocks, const float* packed,
-                    int64_t tokens, float* y) {
+  static void run_floats(const losa::Weight& w, losa::BlockRange blocks, const float* packed, int64_t tokens,
+                         float* y) {
+    // Float products have no scales, but compute where they would lie: never past the packed values.
+    run(w, blocks, packed, packed, tokens, y);
+  }
+
+  static void group(const losa::Weight& w, int64_t first, int64_t blocks, const Element* packed,
+                    const float* packed_scales, int64_t tokens, float* y) {
     const int64_t tiles = losa::token_tile_count(tokens);
-    alignas(64) WeightTile weights[kMaxBlocks];
+    WeightTile<Element> weights[kMaxBlocks];
     alignas(64) float sums[kMaxBlocks][losa::kBlockRows * losa::kPrefillTokens];
-    const float* values[kMaxBlocks];
-    const size_t sum_bytes = static_cast<size_t>(packed_floats(tokens, losa::kBlockRows)) * sizeof(float);
+    Source sources[kMaxBlocks];
+    const size_t sum_bytes =
+        static_cast<size_t>(losa::packed_floats(tokens, losa::kBlockRows)) * sizeof(float);
     for (int64_t b = 0; b < blocks; ++b) {
-      values[b] = w.block_values(first + b);
+      sources[b].start(w, first + b);
       __builtin_memset(sums[b], 0, sum_bytes);
     }
-    for (int64_t k = 0; k < w.columns; k += kTileColumns) {
-      const int64_t columns = w.columns - k < kTileColumns ? w.columns - k : kTileColumns;
+    const int64_t elements = Source::elements(w), tile_elements = Source::tile_elements(w);
+    const int64_t weight_tiles = (elements + tile_elements - 1) / tile_elements;
+    for (int64_t t = 0, k = 0; t < weight_tiles; ++t, k += tile_elements) {
+      const int64_t columns = elements - k < tile_elements ? elements - k : tile_elements;
       for (int64_t b = 0; b < blocks; ++b)
-        expand_tile(w.block_masks(first + b) + 2 * k, columns, values[b], &weights[b]);
+        sources[b].template expand<Product::kNeedsRowMasks>(columns, &weights[b]);
       for (int64_t i = 0; i < tiles; ++i) {
         const losa::TokenTile tile = losa::token_tile(tokens, i);
-        const float* x = packed + tile.first * w.columns + k * tile.width;
+        const Element* x = packed + tile.first * elements + k * tile.width;
+        const float* token_scales = packed_scales + tile.first * weight_tiles + t * tile.width;
         for (int64_t b = 0; b < blocks; ++b)
-          Product::add(weights[b], columns, x, tile.width, sums[b] + tile.first * losa::kBlockRows);
+          Product::add(weights[b], columns, x, tile.width, token_scales, sums[b] + tile.first * losa::kBlockRows);
       }
     }
     for (int64_t b = 0; b < blocks; ++b) {
