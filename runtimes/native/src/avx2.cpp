@@ -5,6 +5,9 @@
 #include "losa/token_tiles.h"
 
 namespace losa {
+
+extern const IntegerKernels kAvx2Int8, kAvx2Int4;  // avx2_integer.cpp
+
 namespace {
 
 /// For each 8-bit mask, which of the packed values each lane takes; negative means none.
@@ -130,8 +133,8 @@ const KernelRow kAvx2Row = {
     supported,
     {Decode<Avx2>::run, fp32_prefill, pack<Avx2>, kPrefillMinTokens},
     {},  // bf16
-    {},  // int8
-    {},  // int4
+    kAvx2Int8,
+    kAvx2Int4,
     nullptr,
     gate,
 };
