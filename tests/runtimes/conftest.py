@@ -1,16 +1,23 @@
-"""A decoder of one attention block, written by hand for both kinds of cache: the runtimes can be tried alone."""
+"""What the runtimes' tests share.
+
+A decoder of one attention block, written by hand for both kinds of cache: the runtimes can be tried alone. And
+`Containers`: weights of every type and kind, packed by docs/format.md without the exporter's code, with the
+arithmetic of the kernels in numpy.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from losa_export.errors import KernelError
+from losa_export.runtimes import native
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, POSITIONS = 40, 32, 2, 1, 16, 48
 
@@ -18,12 +25,272 @@ VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, POSITIONS = 40, 32, 2, 1, 16, 48
 @pytest.fixture(scope="session")
 def kernels() -> Path:
     """The compiled library, or a skip where it has not been built."""
-    from losa_export.runtimes import native
-
     try:
         return native.library_path()
     except KernelError as error:
         pytest.skip(f"needs the compiled kernels: {error}")
+
+
+def runnable_rows() -> tuple[str, ...]:
+    try:
+        return native.describe().available_rows
+    except KernelError:
+        return ("scalar",)  # the fixture `kernels` says why nothing can run
+
+
+@pytest.fixture(params=runnable_rows())
+def row(request: pytest.FixtureRequest, kernels: Path) -> str:
+    """The name of each kernel row that this CPU runs. The others are tried by tests/native."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def containers(kernels: Path) -> type[Containers]:
+    return Containers
+
+
+Kind = Literal["sparse", "gated", "dense"]
+STEP_COLUMNS = {"fp32": 1, "bf16": 2, "int8": 4, "int4": 4}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A packed weight and what it stands for.
+
+    Attributes:
+        weight: the container.
+        gated: two matrices, for `swiglu`.
+        levels: (matrices, N, K) with zeros in place: of integers before the scale, else the values; float64, exact.
+        scales: (matrices, N, groups) float32; None for fp32 and bf16.
+    """
+
+    weight: native.Weight
+    gated: bool
+    levels: NDArray[np.float64]
+    scales: NDArray[np.float32] | None
+
+    @property
+    def dense(self) -> NDArray[np.float64]:
+        """(matrices, N, K): the weight's values, exact."""
+        if self.scales is None:
+            return self.levels
+        columns = self.levels.shape[2]
+        return self.levels * np.repeat(self.scales, self.weight.group, axis=2)[:, :, :columns]
+
+
+class Containers:
+    """Weights by their definition, and products by theirs."""
+
+    @staticmethod
+    def example(
+        value_type: native.ValueType,
+        rows: int,
+        columns: int,
+        *,
+        kind: Kind = "sparse",
+        density: float = 0.4,
+        group: int = 128,
+        activation_bits: int = 16,
+        seed: int = 0,
+    ) -> Example:
+        """A random weight: row 2 keeps nothing, rows 16 to 31 everything; some scales are 0."""
+        generator = np.random.default_rng(seed)
+        matrices = 2 if kind == "gated" else 1
+        shape = (matrices, rows, columns)
+        keep = generator.random(shape) < density
+        keep[:, 2:3] = False
+        keep[:, 16:32] = True
+        if kind == "dense":
+            keep[:] = True
+        scales = codebook = None
+        if value_type in ("fp32", "bf16"):
+            elements = generator.standard_normal(shape).astype(np.float32)
+            if value_type == "bf16":
+                elements = to_bf16(elements)
+            levels = from_bf16(elements) if value_type == "bf16" else elements
+        else:
+            scales = (generator.random((matrices, rows, -(-columns // group))) * 0.02).astype(np.float16)
+            scales[generator.random(scales.shape) < 0.05] = 0
+            scales[generator.random(scales.shape) < 0.05] = 6e-8  # the smallest number of float16
+            if value_type == "int8":
+                elements = generator.integers(-127, 128, shape).astype(np.int8)
+                levels = elements
+            else:
+                codebook = np.sort(generator.choice(np.arange(-127, 128), 16, replace=False)).astype(np.int8)
+                elements = generator.integers(0, 16, shape).astype(np.uint8)
+                levels = codebook[elements]
+        weight = pack(value_type, elements, None if kind == "dense" else keep, scales, codebook, group, activation_bits)
+        return Example(
+            weight=weight,
+            gated=kind == "gated",
+            levels=np.where(keep, levels, 0).astype(np.float64),
+            scales=None if scales is None else scales.astype(np.float32),
+        )
+
+    @staticmethod
+    def activations(tokens: int, columns: int, seed: int = 1) -> NDArray[np.float32]:
+        """Normal numbers; one token in four is all zero but for its first column."""
+        x = np.random.default_rng(seed).standard_normal((tokens, columns)).astype(np.float32)
+        x[3::4, 1:] = 0
+        return x
+
+    @staticmethod
+    def products(x: NDArray[np.float32], example: Example) -> NDArray[np.float32]:
+        """(matrices, tokens, N) of an int8 or int4 weight, bit for bit as activations.h has it."""
+        weight, scales = example.weight, example.scales
+        assert scales is not None
+        levels, token_scales = round_activations(x, weight.group, weight.activation_bits)
+        groups = scales.shape[2]
+        padded = np.zeros((*example.levels.shape[:2], groups * weight.group))
+        padded[:, :, : weight.columns] = example.levels
+        padded = padded.reshape(*padded.shape[:2], groups, weight.group)
+        y = np.zeros((len(padded), len(x), weight.rows), np.float32)
+        for group in range(groups):
+            # float64 is exact here: sums stay below 2^30.
+            sums = (levels[:, group] @ padded[:, :, group].transpose(0, 2, 1)).astype(np.float32)
+            with np.errstate(all="ignore"):  # a scale may be NaN, or underflow
+                both = scales[:, None, :, group] * token_scales[None, :, group, None]
+                y = fused_multiply_add(sums, both, y)
+        return y
+
+    @staticmethod
+    def assert_product(y: NDArray[np.float32], x: NDArray[np.float32], example: Example) -> None:
+        """`y` is x W^T: to the bit for int8 and int4, else up to the rounding of float32 sums."""
+        if example.scales is not None:
+            np.testing.assert_array_equal(y, Containers.products(x, example)[0])
+            return
+        exact, error = float_products(x, example)
+        assert np.all(np.abs(y - exact[0]) <= error[0])
+
+    @staticmethod
+    def assert_swiglu(y: NDArray[np.float32], x: NDArray[np.float32], example: Example) -> None:
+        """`y` is silu(x Wgate^T) · (x Wup^T), within the rounding of its type's products and of silu."""
+        if example.scales is not None:
+            exact = Containers.products(x, example).astype(np.float64)
+            error = np.zeros_like(exact)
+        else:
+            exact, error = float_products(x, example)
+        with np.errstate(over="ignore"):
+            silu = exact[0] / (1 + np.exp(-exact[0]))
+        result = silu * exact[1]
+        # The slope of silu is at most 1.1; of itself it rounds four times and has an exponential within 2e-7.
+        # A product below 2^-126 loses up to 2^-150 to a subnormal result.
+        bound = 1.1 * error[0] * (np.abs(exact[1]) + error[1]) + np.abs(silu) * error[1]
+        assert np.all(np.abs(y - result) <= bound + 6e-7 * np.abs(result) + 2.0**-149)
+
+
+def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The bits of the nearest bfloat16, ties to even; finite values only."""
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def float_products(x: NDArray[np.float32], example: Example) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(matrices, tokens, N) in float64, and how far float32 may be off.
+
+    That is at most K additions, each rounded to half a unit in the last place (2^-24).
+    """
+    exact = x.astype(np.float64) @ example.dense.transpose(0, 2, 1)
+    magnitude = np.abs(x).astype(np.float64) @ np.abs(example.dense).transpose(0, 2, 1)
+    return exact, (x.shape[1] + 8) * 2.0**-24 * magnitude
+
+
+def pack(
+    value_type: native.ValueType,
+    elements: NDArray[Any],
+    keep: NDArray[np.bool_] | None,
+    scales: NDArray[np.float16] | None,
+    codebook: NDArray[np.int8] | None,
+    group: int,
+    activation_bits: int,
+) -> native.Weight:
+    """The container by docs/format.md; elements (matrices, N, K) are values, levels or codes; no `keep`: dense."""
+    _, rows, columns = elements.shape
+    width = STEP_COLUMNS[value_type]
+    steps = -(-columns // width)
+    stored = elements if keep is None else np.where(keep, elements, 0)
+    positions = by_step(stored.astype(elements.dtype), steps, width)
+    kept = np.ones(positions.shape, bool) if keep is None else by_step(keep, steps, width)
+    if value_type == "int4":
+        chunks = [codes_of_step(p[k]) for p, k in zip(positions.reshape(-1, 64), kept.reshape(-1, 64), strict=True)]
+        sizes = np.array([len(chunk) for chunk in chunks]).reshape(len(positions), steps).sum(axis=1)
+        values = np.concatenate(chunks)
+    else:
+        values = positions[kept]
+        sizes = kept.sum(axis=(1, 2))
+    padding = np.zeros(64 // values.itemsize, values.dtype)
+    return native.Weight(
+        value_type=value_type,
+        rows=rows,
+        columns=columns,
+        mask=None if keep is None else np.ascontiguousarray(np.packbits(kept, axis=2, bitorder="little")),
+        values=np.concatenate([values, padding]),
+        block_offsets=None if keep is None else np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        scales=None if scales is None else np.ascontiguousarray(by_block(scales).transpose(0, 2, 1)),
+        codebook=codebook,
+        group=group,
+        activation_bits=activation_bits,
+    )
+
+
+def by_block(array: NDArray[Any]) -> NDArray[Any]:
+    """(matrices, N, width) as (blocks, 16, width), the blocks of the matrices taking turns; zeros behind row N."""
+    matrices, rows, width = array.shape
+    blocks = -(-rows // 16)
+    padded = np.zeros((matrices, blocks * 16, width), array.dtype)
+    padded[:, :rows] = array
+    return padded.reshape(matrices, blocks, 16, width).transpose(1, 0, 2, 3).reshape(matrices * blocks, 16, width)
+
+
+def by_step(array: NDArray[Any], steps: int, width: int) -> NDArray[Any]:
+    """(matrices, N, K) as (blocks, steps, positions), zeros behind row N and column K."""
+    blocks = by_block(array)
+    padded = np.zeros((len(blocks), 16, steps * width), array.dtype)
+    padded[:, :, : array.shape[2]] = blocks
+    return padded.reshape(-1, 16, steps, width).transpose(0, 2, 1, 3).reshape(len(blocks), steps, 16 * width)
+
+
+def codes_of_step(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Two codes a byte, the low half first."""
+    even = np.append(codes, np.zeros(len(codes) % 2, np.uint8))
+    return even[::2] | even[1::2] << 4
+
+
+def round_activations(x: NDArray[np.float32], group: int, bits: int) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    """Levels (tokens, groups, group) and scales (tokens, groups), as activations.h has them."""
+    largest = np.float32(127 if bits == 8 else 32767)
+    groups = -(-x.shape[1] // group)
+    padded = np.zeros((len(x), groups * group), np.float32)
+    padded[:, : x.shape[1]] = x
+    padded = padded.reshape(len(x), groups, group)
+    finite = np.isfinite(padded).all(axis=2)
+    with np.errstate(all="ignore"):
+        amax = np.abs(padded).max(axis=2)
+        inverse = largest / amax
+        usable = finite & (amax > 0) & np.isfinite(inverse)
+        scales = np.where(finite, np.where(usable, amax / largest, np.float32(0)), np.float32(np.nan))
+        levels = np.where(usable[:, :, None], np.rint(padded * inverse[:, :, None]), np.float32(0))
+    return levels.astype(np.float64), scales.astype(np.float32)
+
+
+def fused_multiply_add(a: NDArray[np.float32], b: NDArray[np.float32], c: NDArray[np.float32]) -> NDArray[np.float32]:
+    """a · b + c rounded once. The float64 sum is rounded to odd first, after which float32 rounds as if exact.
+
+    Source: Boldo and Melquiond 2008, "Emulation of a FMA and correctly rounded sums: proved algorithms using
+    rounding to odd".
+    """
+    product = a.astype(np.float64) * b  # exact
+    addend = c.astype(np.float64)
+    total = product + addend
+    tail = total - product
+    error = (product - (total - tail)) + (addend - tail)  # exact: what the sum has lost
+    even = (total.view(np.int64) & 1) == 0
+    odd = np.where((error != 0) & even, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total)
+    return odd.astype(np.float32)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from losa_export.errors import ConfigError, FormatError, KernelError
 from losa_export.runtimes import native
 from losa_export.runtimes.native import Weight
 
-ROWS = ("scalar", "avx2", "avx512")
 TOKENS = (*range(1, 21), 64, 128, 130)
 SHAPES = ((1, 1), (15, 37), (16, 64), (17, 13), (172, 65))
 
@@ -85,14 +84,6 @@ def assert_swiglu(y: NDArray[np.float32], x: NDArray[np.float32], pair: Pair) ->
     # The slope of silu is at most 1.1; of itself it rounds four times and has an exponential within 2e-7.
     error = 1.1 * gate_error * (np.abs(up) + up_error) + np.abs(silu(gate)) * up_error + 6e-7 * np.abs(exact)
     assert np.all(np.abs(y - exact) <= error)
-
-
-@pytest.fixture(params=ROWS)
-def row(request: pytest.FixtureRequest, kernels: Path) -> str:
-    name = str(request.param)
-    if name not in native.describe().available_rows:
-        pytest.skip(f"this CPU does not run kernel row '{name}'")
-    return name
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
@@ -198,7 +189,10 @@ BROKEN: dict[str, tuple[Callable[[Weight], dict[str, Any]], str]] = {
     "an offset": (shift_offset, r"block_offsets\[3\] is \d+, the mask of the blocks before it keeps"),
     "gate row": (keep_last_row(2), "mask keeps a weight of column 3 in a row beyond N = 20"),
     "other row": (keep_last_row(3), "mask keeps a weight of column 3 in a row beyond N = 20"),
-    "short values": (lambda w: {"values": w.values[:-1]}, "values has .* bytes, .* elements and 64 bytes of padding need"),
+    "short values": (
+        lambda w: {"values": w.values[:-1]},
+        "values has .* bytes, .* elements and 64 bytes of padding need",
+    ),
     "mask type": (lambda w: {"mask": w.mask.astype(np.int8)}, "mask must be contiguous uint8, it is int8"),
 }
 
