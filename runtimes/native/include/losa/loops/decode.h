@@ -15,14 +15,14 @@ struct Decode {
   static constexpr int64_t kPrefetchBytes = 2048;
 
   template <int Tokens, int Sums>
-  LOSA_INLINE static void add_column(const uint8_t* masks, uint64_t kept, const float* values, int column,
-                                     const float* x, int64_t stride, int sum,
+  LOSA_INLINE static void add_column(const uint8_t* masks, const typename From::Mask& kept, const float* values,
+                                     int column, const float* x, int64_t stride, int sum,
                                      Vector (&sums)[Tokens][Sums][kParts]) {
     Vector weights[kParts];
     for (int part = 0; part < kParts; ++part) weights[part] = From::part(masks, kept, values, column, part);
 #pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) {
-      const Vector activation = V::broadcast(x + t * stride + column);
+      const auto activation = V::broadcast(x + t * stride + column);
       for (int part = 0; part < kParts; ++part)
         sums[t][sum][part] = V::multiply_add(weights[part], activation, sums[t][sum][part]);
     }
@@ -43,16 +43,16 @@ struct Decode {
     for (; k + From::kStep <= columns; k += From::kStep, masks += 2 * From::kStep, x += From::kStep) {
       __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes);
       __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes + 64);
-      const uint64_t kept = From::word(masks);
+      const typename From::Mask kept(masks);
 #pragma GCC unroll 4
       for (int column = 0; column < From::kStep; ++column)
         add_column(masks, kept, values, column, x, columns, column % Sums, sums);
-      values += __builtin_popcountll(kept);
+      values += kept.count();
     }
     if (k < columns) {
       const typename From::LastStep last(masks, columns - k);
       for (int column = 0; column < columns - k; ++column)
-        add_column(last.masks, From::word(last.masks), values, column, x, columns, 0, sums);
+        add_column(last.masks, typename From::Mask(last.masks), values, column, x, columns, 0, sums);
     }
 
     float rows[losa::kBlockRows];

@@ -11,28 +11,36 @@
 // decode.h and prefill.h say what else they need. They are included inside an anonymous namespace, for the
 // reason given at LOSA_INLINE; that is also why nothing here calls the standard library.
 
+/// Masks of four columns, 64 bits: how many values lie before a bit. A processor without an instruction that counts
+/// bits gives its own class, by specialising MaskOf.
+struct PopcountMask {
+  uint64_t bits;
+  LOSA_INLINE explicit PopcountMask(const uint8_t* masks) { __builtin_memcpy(&bits, masks, sizeof bits); }
+  LOSA_INLINE int before(int bit) const { return bit == 0 ? 0 : __builtin_popcountll(bits << (64 - bit)); }
+  LOSA_INLINE int count() const { return __builtin_popcountll(bits); }
+};
+
+template <class V>
+struct MaskOf {
+  using Type = PopcountMask;
+};
+
 template <class V>
 struct Expand {
   using Vector = typename V::Vector;
+  using Mask = typename MaskOf<V>::Type;
   static constexpr int kParts = losa::kBlockRows / V::kLanes;  // vectors that cover a block's rows
   static constexpr int kStep = 4;                              // columns whose masks are one 64-bit word
 
-  LOSA_INLINE static uint64_t word(const uint8_t* masks) {
-    uint64_t kept;
-    __builtin_memcpy(&kept, masks, sizeof kept);
-    return kept;
-  }
-
-  /// Part `part` of the weights of column `column` of a step. `kept` is word(masks), and `values` are those
+  /// Part `part` of the weights of column `column` of a step. `kept` is Mask(masks), and `values` are those
   /// of the step's first column: counting the bits before this part anew, rather than moving a pointer
   /// along, keeps the parts independent of each other.
-  LOSA_INLINE static Vector part(const uint8_t* masks, uint64_t kept, const float* values, int column,
+  LOSA_INLINE static Vector part(const uint8_t* masks, const Mask& kept, const float* values, int column,
                                  int part) {
     const int first_bit = static_cast<int>(losa::kBlockRows) * column + V::kLanes * part;
-    const int before = first_bit == 0 ? 0 : __builtin_popcountll(kept << (64 - first_bit));
     unsigned bits = masks[first_bit / 8];
     if (V::kLanes == 16) bits |= static_cast<unsigned>(masks[first_bit / 8 + 1]) << 8;
-    return V::expand(values + before, bits);
+    return V::expand(values + kept.before(first_bit), bits);
   }
 
   /// The masks of the last columns where fewer than kStep are left; the rest are absent.

@@ -46,7 +46,7 @@ struct DenseProduct {
       for (int part = 0; part < kParts; ++part) weight[part] = V::load(weights + part * V::kLanes);
 #pragma GCC unroll 32
       for (int t = 0; t < Tokens; ++t) {
-        const Vector activation = V::broadcast(x + t);
+        const auto activation = V::broadcast(x + t);
         for (int part = 0; part < kParts; ++part)
           total[t][part] = V::multiply_add(weight[part], activation, total[t][part]);
       }
@@ -97,7 +97,7 @@ struct SkipProduct {
       for (int v = 0; v < Vectors; ++v) total[v] = V::begin(sums + v * V::kLanes);
       for (uint64_t kept = tile.kept[row]; kept != 0; kept &= kept - 1) {
         const int64_t k = __builtin_ctzll(kept);
-        const Vector weight = V::broadcast(weights + k * losa::kBlockRows);
+        const auto weight = V::broadcast(weights + k * losa::kBlockRows);
         const Element* column = x + k * (Vectors * V::kLanes);
 #pragma GCC unroll 8
         for (int v = 0; v < Vectors; ++v)
@@ -157,12 +157,12 @@ class Fp32Source {
   void expand(int64_t columns, WeightTile<float>* tile) {
     float* to = tile->weights;
     const auto expand_step = [&](const uint8_t* step) {
-      const uint64_t kept = From::word(step);
+      const typename From::Mask kept(step);
 #pragma GCC unroll 4
       for (int column = 0; column < From::kStep; ++column)
         for (int part = 0; part < From::kParts; ++part, to += V::kLanes)
           V::store(to, From::part(step, kept, values_, column, part));
-      values_ += __builtin_popcountll(kept);
+      values_ += kept.count();
     };
     int64_t k = 0;
     for (; k + From::kStep <= columns; k += From::kStep) expand_step(masks_ + 2 * k);
