@@ -5,25 +5,32 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from losa_export.architecture import DecoderSpec, check_tensors, prunable_names, tensor_shapes
 from losa_export.checkpoint import CONFIG_FILE, Checkpoint, copy_companions, open_checkpoint, read_json
 from losa_export.errors import ConfigError, MissingDependencyError
-from losa_export.export_gate import is_installed, reference_source, run_gate
+from losa_export.export_gate import StoredTypes, is_installed, reference_source, run_gate
 from losa_export.files import check_output, output_folder, write_text_atomic
 from losa_export.progress import Progress
 
 ProfileChoice = Literal["ort", "standard"]
 WeightsChoice = Literal["auto", "sparse", "dense"]
-ValuesChoice = Literal["fp32"]
+ValuesChoice = Literal["fp32", "bf16", "int8", "int4"]
+HeadChoice = Literal["auto", "fp32", "bf16", "int8", "int4"]
+ActivationsChoice = Literal["int16", "int8"]
 
-# Said in the manifest, since it surprises: measured 28 bytes a weight besides the dense result.
+GROUPS = (32, 64, 128, 256)
+
+# Four bits a weight cost a head more than they save: its errors reach the answer directly.
+_HEAD_FOR_VALUES: dict[ValuesChoice, HeadChoice] = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8"}
+
+# Said in the manifest, since it surprises.
 _FOLDING_NOTE = (
     "An engine without losa-export's operators decodes all sparse weights at load, once: dense speed and the right "
-    "answer, for some 30 bytes of passing memory per weight of the sparse matrices."
+    "answer, for some 30 to 40 bytes of passing memory per weight of the sparse matrices."
 )
 
 
@@ -36,7 +43,11 @@ class ExportConfig:
         output: folder to write.
         profile: 'ort' uses ONNX Runtime's contributed operators, 'standard' opset 23 alone.
         weights: 'auto' is sparse for a sparse checkpoint.
-        values: type of the non-zeros.
+        values: type of the non-zeros. Dense weights stay fp32.
+        head: type of the head and the embedding beside sparse weights; 'auto' is fp32 or bf16 as the values are,
+            and int8 for both int8 and int4.
+        group: columns that share a scale, for int8 and int4.
+        activations: to what our kernels round activations before they meet int8 and int4 weights.
         gate: compare the answers with the source's before the folder appears.
         overwrite: replace a non-empty output folder.
         progress: show progress on standard error.
@@ -47,18 +58,36 @@ class ExportConfig:
     profile: ProfileChoice = "ort"
     weights: WeightsChoice = "auto"
     values: ValuesChoice = "fp32"
+    head: HeadChoice = "auto"
+    group: int = 128
+    activations: ActivationsChoice = "int16"
     gate: bool = True
     overwrite: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
-        choices = {"profile": ProfileChoice, "weights": WeightsChoice, "values": ValuesChoice}
+        choices = {
+            "profile": ProfileChoice,
+            "weights": WeightsChoice,
+            "values": ValuesChoice,
+            "head": HeadChoice,
+            "activations": ActivationsChoice,
+        }
         for name, kind in choices.items():
             value = getattr(self, name)
             if value not in get_args(kind):
                 raise ConfigError(
                     f"ExportConfig.{name} is '{value}'; choose one of {', '.join(get_args(kind))}", field=name
                 )
+        if self.group not in GROUPS:
+            raise ConfigError(
+                f"ExportConfig.group is {self.group}; choose one of {', '.join(map(str, GROUPS))}", field="group"
+            )
+
+    @property
+    def chosen_head(self) -> HeadChoice:
+        """`head`, 'auto' resolved."""
+        return _HEAD_FOR_VALUES[self.values] if self.head == "auto" else self.head
 
 
 @dataclass(frozen=True)
@@ -69,7 +98,7 @@ class ExportReport:
         output: the folder.
         profile: as asked.
         weights: 'sparse' or 'dense', settled.
-        values: type of the non-zeros; None where weights are dense.
+        types: how the weights are stored.
         model_bytes: of the model and its external data.
         dense_bytes: that the same weights take when stored densely.
         sparsity_fraction: of the block linears, as stored; 0 where weights are dense.
@@ -79,7 +108,7 @@ class ExportReport:
     output: Path
     profile: ProfileChoice
     weights: Literal["sparse", "dense"]
-    values: str | None
+    types: StoredTypes
     model_bytes: int
     dense_bytes: int
     sparsity_fraction: float
@@ -87,7 +116,7 @@ class ExportReport:
 
     def __str__(self) -> str:
         """A few lines for a person."""
-        kind = f"sparse {self.values}, {self.sparsity_fraction:.1%} zeros" if self.weights == "sparse" else "dense"
+        kind = f"sparse {self.types}, {self.sparsity_fraction:.1%} zeros" if self.weights == "sparse" else "dense"
         size = f"{self.model_bytes / 1e6:.1f} MB ({self.model_bytes / self.dense_bytes:.2f}x of dense fp32)"
         lines = [f"{self.output}: {kind}, profile {self.profile}, {size}"]
         if self.gate is None:
@@ -128,8 +157,7 @@ def export_onnx(config: ExportConfig) -> ExportReport:
         if truth is None:
             manifest["gate"] = None
         else:
-            sparse = manifest["weights"] == "sparse"
-            manifest["gate"] = run_gate(config.source, folder, truth, sparse=sparse)
+            manifest["gate"] = run_gate(config.source, folder, truth, _types(manifest))
         manifest["source"]["weights_sha256"] = weights_sha256.result()
         _write_manifest(folder, manifest)
     return _report(config, spec, manifest)
@@ -157,17 +185,26 @@ def _write_model(config: ExportConfig, checkpoint: Checkpoint, spec: DecoderSpec
         versions,
     )
     from losa_export.graph.profiles import OPSET
-    from losa_export.graph.sparsity import plan_sparsity
+    from losa_export.graph.sparsity import plan_sparsity, will_store_sparse
     from losa_export.graph.weights import WeightStore
 
     plan = plan_sparsity(checkpoint, spec, None if config.weights == "auto" else config.weights)
+    head = "fp32"
+    if config.chosen_head != "fp32" and will_store_sparse(plan, checkpoint):
+        head = config.chosen_head
+    settings = {"group": config.group, "activation_bits": 16 if config.activations == "int16" else 8}
     weights = sum(rows_columns(shape) for shape in tensor_shapes(spec).values())
     with (
         Progress("building", weights / 1e6, "M weights", enabled=config.progress) as progress,
         ExternalDataWriter(folder) as writer,
     ):
         store = WeightStore(
-            checkpoint, writer, plan, value_format(config.values), lambda count: progress.advance(count / 1e6)
+            checkpoint,
+            writer,
+            plan,
+            value_format(config.values, **settings),
+            value_format(head, **settings),
+            lambda count: progress.advance(count / 1e6),
         )
         producer = package_version("losa-export") or "unknown"
         model = build_decoder(spec, store, config.profile, producer)
@@ -181,6 +218,7 @@ def _write_model(config: ExportConfig, checkpoint: Checkpoint, spec: DecoderSpec
     linears = read_sparse_linears(check_external_data(folder))
     if plan.store_sparse:
         check_digests(linears, plan.digests)
+    types = StoredTypes.settled(config.values, head, config.group, config.activations) if linears else StoredTypes()
     return {
         "format": MANIFEST_FORMAT,
         "versions": versions(),
@@ -189,12 +227,16 @@ def _write_model(config: ExportConfig, checkpoint: Checkpoint, spec: DecoderSpec
         "opset": OPSET,
         "ir_version": IR_VERSION,
         "weights": "sparse" if linears else "dense",
-        "values": config.values if linears else None,
+        **asdict(types),
         "mask_source": plan.source if plan.digests else "none",
         "dense_bytes": 4 * weights,
         "tensors": {name: linear.as_dict() for name, linear in linears.items()},
         "notes": [_FOLDING_NOTE] if linears else [],
     }
+
+
+def _types(manifest: Mapping[str, Any]) -> StoredTypes:
+    return StoredTypes(**{field.name: manifest[field.name] for field in fields(StoredTypes)})
 
 
 def rows_columns(shape: tuple[int, ...]) -> int:
@@ -230,7 +272,7 @@ def _report(config: ExportConfig, spec: DecoderSpec, manifest: dict[str, Any]) -
         output=config.output,
         profile=config.profile,
         weights=manifest["weights"],
-        values=manifest["values"],
+        types=_types(manifest),
         model_bytes=manifest["model_bytes"],
         dense_bytes=manifest["dense_bytes"],
         sparsity_fraction=zeros / linears,

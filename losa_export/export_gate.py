@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +15,38 @@ if TYPE_CHECKING:
     from losa_export.reference import Reference
 
 Truth = Literal["torch", "stored"]
+
+
+@dataclass(frozen=True)
+class StoredTypes:
+    """How an exported model stores its weights. All None where they are dense, which is fp32 throughout.
+
+    Attributes:
+        values: type of the non-zeros.
+        head: type of the head and the embedding.
+        group: columns that share a scale, None where nothing has scales.
+        activations: what our kernels round activations to, None where they round none.
+    """
+
+    values: str | None = None
+    head: str | None = None
+    group: int | None = None
+    activations: str | None = None
+
+    @classmethod
+    def settled(cls, values: str, head: str, group: int, activations: str) -> StoredTypes:
+        """As chosen, without what these types do not use."""
+        scaled = not {values, head}.isdisjoint(("int8", "int4"))
+        return cls(values, head, group if scaled else None, activations if scaled else None)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether some weights are not the checkpoint's to the last bit."""
+        return not {self.values, self.head} <= {None, "fp32"}
+
+    def __str__(self) -> str:
+        scaled = f" (groups of {self.group}, {self.activations} activations)" if self.group else ""
+        return f"{self.values}, head {self.head}{scaled}"
 
 
 def is_installed(package: str) -> bool:
@@ -41,14 +74,14 @@ def reference_source(checkpoint: Path) -> Truth:
     )
 
 
-def run_gate(checkpoint: Path, folder: Path, source: Truth, *, sparse: bool) -> dict[str, Any]:
+def run_gate(checkpoint: Path, folder: Path, source: Truth, types: StoredTypes) -> dict[str, Any]:
     """Compare a written folder with its checkpoint: prefill, decode with past, batch 3, greedy tokens.
 
     Args:
         checkpoint: the source.
         folder: what was made of it.
         source: where the truth comes from.
-        sparse: whether the folder needs our kernels; a stock engine answers where they are missing.
+        types: how it stores its weights.
 
     Returns: the figures for export.json, with the engine that answered.
 
@@ -64,7 +97,7 @@ def run_gate(checkpoint: Path, folder: Path, source: Truth, *, sparse: bool) -> 
     else:
         reference = _stored_reference(checkpoint)
     # The record says which engine answered. Without packed copies its weights stay those of the mapped file.
-    runtime = OrtRuntime.load(folder, custom_op=sparse and _has_native_library(), prepack=False)
+    runtime = OrtRuntime.load(folder, custom_op=types.values is not None and _has_native_library(), prepack=False)
     try:
         report = gate(reference, runtime)
         return {**report.as_dict(), "reference": source, "engine": runtime.describe().as_dict()}

@@ -31,6 +31,7 @@ from losa_export.errors import (
     UnsupportedArchitectureError,
 )
 from losa_export.export import ExportConfig, export_onnx
+from losa_export.export_gate import StoredTypes
 from losa_export.files import sha256_of
 from losa_export.graph.external import ExternalDataWriter, check_external_data
 from losa_export.graph.formats import FORMATS, EncodedWeight
@@ -112,7 +113,7 @@ def test_a_dense_checkpoint_becomes_a_dense_folder_with_all_its_parts(dense: Pat
         "genai_config.json",
         "export.json",
     }
-    assert (report.weights, report.values, report.gate) == ("dense", None, None)
+    assert (report.weights, report.types, report.gate) == ("dense", StoredTypes(), None)
     assert "dense, profile ort" in str(report)
     assert "gate: not run" in str(report)
 
@@ -145,7 +146,7 @@ def test_the_written_weights_decode_to_the_checkpoint_bit_for_bit(sparse: Path, 
     for node in nodes:
         tensors = {name.rpartition(".")[2]: opened.read(name) for name in node.input[1:]}
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
-        swiglu = node.op_type == FORMATS["fp32"].swiglu_op_type
+        swiglu = node.op_type == FORMATS["fp32"].swiglu_op
         if swiglu:
             attributes["N"] = 16 * tensors["mask"].shape[0]
         weight, keep = FORMATS["fp32"].decode(EncodedWeight(tensors, attributes))
@@ -377,10 +378,13 @@ def change_config(folder: Path, **changes: object) -> None:
     [
         ({"profile": "tensorrt"}, "ExportConfig.profile is 'tensorrt'; choose one of ort, standard"),
         ({"weights": "half"}, "ExportConfig.weights is 'half'; choose one of auto, sparse, dense"),
-        ({"values": "fp8"}, "ExportConfig.values is 'fp8'; choose one of fp32"),
+        ({"values": "fp8"}, "ExportConfig.values is 'fp8'; choose one of fp32, bf16, int8, int4"),
+        ({"head": "fp8"}, "ExportConfig.head is 'fp8'; choose one of auto, fp32, bf16, int8, int4"),
+        ({"activations": "int4"}, "ExportConfig.activations is 'int4'; choose one of int16, int8"),
+        ({"group": 100}, "ExportConfig.group is 100; choose one of 32, 64, 128, 256"),
     ],
 )
-def test_an_impossible_option_names_its_field(changes: dict[str, str], message: str) -> None:
+def test_an_impossible_option_names_its_field(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         quick(Path("in"), Path("out"), **changes)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from losa_export.architecture import EMBEDDING, FINAL_NORM, HEAD, DecoderSpec, linear_has_bias, rotary_caches
-from losa_export.graph.formats import DOMAIN, DOMAIN_VERSION
+from losa_export.graph.formats import DOMAIN, DOMAIN_VERSION, format_of
 from losa_export.graph.nodes import NodeList
 from losa_export.graph.profiles import OPSET, Inputs, LayerCache, Profile, ProfileName, make_profile, rms_norm
 from losa_export.graph.weights import WeightStore
@@ -47,10 +47,9 @@ class _DecoderBuilder:
             position_ids=ir.val("position_ids", ir.DataType.INT64, ["batch", "sequence"]),
         )
         graph_inputs = [inputs.input_ids, inputs.attention_mask, inputs.position_ids]
-        table = store.plain(EMBEDDING)
+        x, skip = store.embedding(nodes, inputs.input_ids, EMBEDDING), None
         cos, sin = rotary_caches(spec)
         self._profile.prepare(nodes, inputs, store.array("cos_cache", cos), store.array("sin_cache", sin))
-        x, skip = nodes.add("Gather", [table, inputs.input_ids]), None
         presents: list[ir.Value] = []
         for layer in range(spec.num_layers):
             cache = self._cache(layer)
@@ -59,7 +58,7 @@ class _DecoderBuilder:
             presents += new
         nodes.prefix = ""
         x, _ = self._profile.add_norm(nodes, x, skip, store.plain(FINAL_NORM))
-        logits = self._profile.head(nodes, x, table if spec.tied_embeddings else store.plain(HEAD))
+        logits = store.head(nodes, x, EMBEDDING if spec.tied_embeddings else HEAD, self._profile.head)
         logits.type = ir.TensorType(ir.DataType.FLOAT)
         logits.shape = ir.Shape(["batch", "sequence", spec.vocab_size])
         return self._model(graph_inputs, [logits, *presents], profile_name, producer)
@@ -71,7 +70,8 @@ class _DecoderBuilder:
         own = sorted({node.op_type for node in self._nodes.nodes if node.domain == DOMAIN})
         if own:
             imports[DOMAIN] = DOMAIN_VERSION
-        functions = [self._store.value_format.function(op_type, OPSET) for op_type in own]
+        formats = {op_type: format_of(op_type) for op_type in own}
+        functions = [one.function(op_type, OPSET) for op_type, one in formats.items() if one is not None]
         graph = ir.Graph(
             inputs,
             outputs,

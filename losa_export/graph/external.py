@@ -78,7 +78,7 @@ class ExternalDataWriter:
         self._file.write(bytes(offset - self._end))
         length = 0
         for part in parts:
-            self._file.write(part.data if part.size else b"")
+            self._file.write(part.reshape(-1).view(np.uint8).data if part.size else b"")
             length += part.nbytes
         self._end = offset + length
         return ir.ExternalTensor(
@@ -134,16 +134,15 @@ class ModelFolder:
 
     def read(self, name: str) -> NDArray[np.generic]:
         """Initializer `name`, read from the file. Raises: FormatError if there is none."""
-        from onnx import numpy_helper
-
         if name not in self.tensors:
             raise FormatError(f"'{self.folder / MODEL_FILE}' has no initializer '{name}': export again", tensor=name)
         stored = self.tensors[name]
         if stored.path is None:
-            return numpy_helper.to_array(self._inline[name])
-        count = int(np.prod(stored.shape))
-        flat = np.fromfile(stored.path, dtype=stored.dtype, count=count, offset=stored.offset)
-        return flat.reshape(stored.shape)
+            inline: NDArray[np.generic] = ir.from_proto(self._inline[name]).numpy()
+            return inline
+        # As bytes: numpy's readers do not know bfloat16.
+        flat = np.fromfile(stored.path, dtype=np.uint8, count=stored.length, offset=stored.offset)
+        return flat.view(stored.dtype).reshape(stored.shape)
 
 
 def check_external_data(folder: Path) -> ModelFolder:
@@ -170,7 +169,7 @@ def check_external_data(folder: Path) -> ModelFolder:
 def _stored(folder: Path, tensor: onnx.TensorProto) -> StoredTensor:
     import onnx
 
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    dtype = ir.DataType(tensor.data_type).numpy()
     shape = tuple(tensor.dims)
     size = int(np.prod(shape)) * dtype.itemsize
     if tensor.data_location != onnx.TensorProto.EXTERNAL:

@@ -14,9 +14,7 @@ import numpy as np
 from losa_export.errors import FormatError
 from losa_export.files import sha256_of
 from losa_export.graph.external import ModelFolder
-from losa_export.graph.formats import DOMAIN, FORMATS
-from losa_export.graph.formats.base import BLOCK_ROWS, unpack_mask
-from losa_export.graph.stacking import METADATA_KEY, parse, parts_of
+from losa_export.graph.stored import stored_nodes
 from losa_export.masks import digest, zeros_count
 
 MANIFEST_FILE = "export.json"
@@ -62,34 +60,21 @@ def read_sparse_linears(model: ModelFolder) -> dict[str, StoredLinear]:
 
     Raises: FormatError if a node is of no known format, or its mask does not fit its attributes or its parts.
     """
-    by_operator = {one.op_type: one for one in FORMATS.values()} | {one.swiglu_op_type: one for one in FORMATS.values()}
     found: dict[str, StoredLinear] = {}
-    for node in model.proto.graph.node:
-        if node.domain != DOMAIN:
+    for node in stored_nodes(model):
+        if not node.is_sparse:
             continue
-        value_format = by_operator.get(node.op_type)
-        if value_format is None:
-            raise FormatError(f"node '{node.name}' has the unknown operator '{node.op_type}': export again")
-        tensors = dict(zip(value_format.tensor_names, node.input[1:], strict=True))
-        attributes = {attribute.name: int(attribute.i) for attribute in node.attribute}
-        metadata = {entry.key: entry.value for entry in node.metadata_props}
-        parts = parse(metadata.get(METADATA_KEY), node.name)
-        interleaved = node.op_type == value_format.swiglu_op_type
-        mask = model.read(tensors["mask"]).astype(np.uint8, copy=False)
-        stored = unpack_mask(mask, mask.shape[0] * BLOCK_ROWS if interleaved else attributes["N"])
-        if stored.shape[1] != attributes["K"]:
-            raise FormatError(f"mask of node '{node.name}' has {stored.shape[1]} columns, not {attributes['K']}")
-        stored_bytes = sum(model.tensors[name].length for name in tensors.values())
-        kept = int(np.count_nonzero(stored))
-        keeps = parts_of(stored, [part.rows for part in parts], interleaved=interleaved)
-        for part, keep in zip(parts, keeps, strict=True):
-            share = np.count_nonzero(keep) / kept if kept else 1 / len(parts)
+        stored_bytes = sum(model.tensors[name].length for name in node.tensors.values())
+        keeps = node.masks(model)
+        kept = sum(int(np.count_nonzero(keep)) for keep in keeps)
+        for part, keep in zip(node.parts, keeps, strict=True):
+            share = np.count_nonzero(keep) / kept if kept else 1 / len(keeps)
             found[part.name] = StoredLinear(
                 (keep.shape[0], keep.shape[1]),
                 zeros_count(keep),
                 digest(keep),
                 round(stored_bytes * share),
-                value_format.name,
+                node.value_format.name,
             )
     return found
 

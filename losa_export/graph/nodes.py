@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-Attribute = int | float | str | Sequence[int] | ir.DataType
+Attribute = int | float | str | Sequence[int] | ir.DataType | ir.TensorProtocol
 
 
 class NodeList:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -11,14 +11,22 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from losa_export.checkpoint import Checkpoint
-from losa_export.errors import MaskError
+from losa_export.errors import FormatError, MaskError
 from losa_export.graph.external import ExternalDataWriter
-from losa_export.graph.formats import DOMAIN, ValueFormat
+from losa_export.graph.formats import DOMAIN, EncodedWeight, ValueFormat
 from losa_export.graph.nodes import NodeList
 from losa_export.graph.sparsity import SparsityPlan
 from losa_export.graph.stacking import METADATA_KEY, Part, describe, interleave
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A written table: its tensors, and the attributes they were encoded with, none for an ordinary matrix."""
+
+    tensors: Sequence[ir.Value]
+    attributes: Mapping[str, int]
 
 
 @dataclass
@@ -30,6 +38,7 @@ class WeightStore:
         writer: where they go.
         plan: which linears are stored sparsely, and under which masks.
         value_format: how a sparse linear's values are stored.
+        head_format: how the head and the embedding are stored.
         on_written: called with the number of weights after each tensor, for progress.
         initializers: made so far, in file order.
     """
@@ -38,8 +47,10 @@ class WeightStore:
     writer: ExternalDataWriter
     plan: SparsityPlan
     value_format: ValueFormat
+    head_format: ValueFormat
     on_written: Callable[[int], None] = lambda count: None  # noqa: ARG005
     initializers: list[ir.Value] = field(default_factory=list)
+    _tables: dict[str, _Table] = field(default_factory=dict)
 
     def array(self, name: str, array: NDArray[np.generic]) -> ir.Value:
         """An initializer that is not from the checkpoint."""
@@ -51,6 +62,29 @@ class WeightStore:
         value = self.array(name, tensor)
         self.on_written(tensor.size)
         return value
+
+    def embedding(self, nodes: NodeList, ids: ir.Value, name: str) -> ir.Value:
+        """Append the rows `ids` of table `name`: (…, K) float32."""
+        table = self._table(name)
+        if not table.attributes:
+            return nodes.add("Gather", [table.tensors[0], ids])
+        return self._on_table(nodes, self.head_format.embedding_op, ids, name)
+
+    def head(
+        self, nodes: NodeList, x: ir.Value, name: str, plain: Callable[[NodeList, ir.Value, ir.Value], ir.Value]
+    ) -> ir.Value:
+        """Append the scores x Eᵀ of table `name`, as the output "logits".
+
+        Args:
+            nodes: where to append.
+            x: (…, K).
+            name: of a checkpoint tensor (N, K); the embedding's if they are tied, and then it is stored once.
+            plain: appends the product with an ordinary matrix (N, K).
+        """
+        table = self._table(name)
+        if not table.attributes:
+            return plain(nodes, x, table.tensors[0])
+        return self._on_table(nodes, self.head_format.dense_op, x, name, output="logits")
 
     def linear(self, nodes: NodeList, x: ir.Value, names: Sequence[str], *, bias: bool) -> ir.Value:
         """Append x Wᵀ (+ b) for linear modules that read the same x, their outputs side by side.
@@ -66,7 +100,7 @@ class WeightStore:
         if keeps is None:
             y = nodes.add("MatMul", [x, self._transposed(f"{_stem(names)}.weight", _rows(weights))])
         else:
-            y = self._sparse(nodes, x, self.value_format.op_type, names, weights, keeps)
+            y = self._sparse(nodes, x, self.value_format.sparse_op, names, weights, keeps)
         if bias:
             y = nodes.add("Add", [y, self._biases(names)])
         return y
@@ -77,7 +111,7 @@ class WeightStore:
         keeps = self._keeps((gate, up), weights)
         if keeps is None:
             return None
-        return self._sparse(nodes, x, self.value_format.swiglu_op_type, (gate, up), weights, keeps)
+        return self._sparse(nodes, x, self.value_format.swiglu_op, (gate, up), weights, keeps)
 
     def _keeps(self, names: Sequence[str], weights: Sequence[NDArray[np.float32]]) -> list[NDArray[np.bool_]] | None:
         """The patterns to store some linears under; None if they are stored densely.
@@ -104,6 +138,29 @@ class WeightStore:
         self.on_written(weight.size)
         return value
 
+    def _table(self, name: str) -> _Table:
+        """Embedding or head `name`, written when it is first asked for."""
+        if name not in self._tables:
+            if self.head_format.stores_dense:
+                tensor = self.checkpoint.read(name)
+                encoded = _encoded(name, lambda: self.head_format.encode_dense(tensor))
+                self._tables[name] = _Table(self._tensors(name, encoded), encoded.attributes)
+                self.on_written(tensor.size)
+            else:
+                self._tables[name] = _Table([self.plain(name)], {})
+        return self._tables[name]
+
+    def _on_table(self, nodes: NodeList, op_type: str, x: ir.Value, name: str, output: str | None = None) -> ir.Value:
+        """Append an operator of the head's format on table `name`."""
+        table = self._table(name)
+        attributes = {key: table.attributes[key] for key in self.head_format.attribute_names(op_type)}
+        y = nodes.add(op_type, [x, *table.tensors], attributes, domain=DOMAIN, output=output)
+        nodes.nodes[-1].metadata_props[METADATA_KEY] = describe([Part(name, attributes["N"])])
+        return y
+
+    def _tensors(self, stem: str, encoded: EncodedWeight) -> list[ir.Value]:
+        return [self.array(f"{stem}.{name}", tensor) for name, tensor in encoded.tensors.items()]
+
     def _sparse(
         self,
         nodes: NodeList,
@@ -114,20 +171,18 @@ class WeightStore:
         keeps: Sequence[NDArray[np.bool_]],
     ) -> ir.Value:
         """Append one sparse node that holds all of `weights`, in the order of rows that the operator wants."""
-        swiglu = op_type == self.value_format.swiglu_op_type
+        swiglu = op_type == self.value_format.swiglu_op
         parts = [Part(f"{name}.weight", weight.shape[0]) for name, weight in zip(names, weights, strict=True)]
+        stem = f"{_stem(names)}.weight"
+        weight, keep = (interleave(*weights), interleave(*keeps)) if swiglu else (_rows(weights), _rows(keeps))
         try:
-            if swiglu:
-                encoded = self.value_format.encode(interleave(*weights), interleave(*keeps))
-            else:
-                encoded = self.value_format.encode(_rows(weights), _rows(keeps))
+            encoded = _encoded(stem, lambda: self.value_format.encode(weight, keep))
         except MaskError as error:
-            for part, weight, keep in zip(parts, weights, keeps, strict=True):
-                if np.any((weight != 0) & ~keep):
+            for part, one, kept in zip(parts, weights, keeps, strict=True):
+                if np.any((one != 0) & ~kept):
                     raise _not_zero(part.name) from error
             raise
-        stem = f"{_stem(names)}.weight"
-        tensors = [self.array(f"{stem}.{name}", tensor) for name, tensor in encoded.tensors.items()]
+        tensors = self._tensors(stem, encoded)
         attributes = dict(encoded.attributes) | ({"N": parts[0].rows} if swiglu else {})
         self.on_written(sum(weight.size for weight in weights))
         y = nodes.add(op_type, [x, *tensors], attributes, domain=DOMAIN)
@@ -153,6 +208,14 @@ def _rows(matrices: Sequence[NDArray[_Scalar]]) -> NDArray[_Scalar]:
 def _stem(names: Sequence[str]) -> str:
     """A name for modules stored together: "…self_attn.q_proj+k_proj+v_proj"."""
     return "+".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
+
+
+def _encoded(name: str, encode: Callable[[], EncodedWeight]) -> EncodedWeight:
+    """Call `encode`, and name the tensor if the format cannot hold it. Raises: FormatError."""
+    try:
+        return encode()
+    except FormatError as error:
+        raise FormatError(f"tensor '{name}' cannot be stored: {error}", tensor=name) from error
 
 
 def _not_zero(name: str) -> MaskError:

@@ -1,4 +1,5 @@
-"""One tiny random model of each family, pruned to 70 % in its linears, with what transformers answers."""
+"""One tiny random model of each family, pruned to 70 % in its linears, with what transformers answers; and models
+of a single node, to try an operator alone."""
 
 from __future__ import annotations
 
@@ -8,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
+
+from losa_export.graph.formats import DOMAIN, DOMAIN_VERSION, EncodedWeight, ValueFormat
+from losa_export.graph.nodes import NodeList
 
 LENGTH = 9
 BATCH = 3
@@ -91,3 +97,26 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         return answer
 
     return Family(request.param, folder, ids, logits)
+
+
+@pytest.fixture(scope="session")
+def one_node() -> Callable[[ValueFormat, str, EncodedWeight], onnx.ModelProto]:
+    """Makes a model of one node of our domain, with its function; its input is called X, its output Y."""
+
+    def build(fmt: ValueFormat, op_type: str, encoded: EncodedWeight) -> onnx.ModelProto:
+        rows, columns = encoded.attributes["N"], encoded.attributes["K"]
+        if op_type == fmt.embedding_op:
+            x, width = ir.val("X", ir.DataType.INT64, ["batch", "sequence"]), columns
+        else:
+            x, width = ir.val("X", ir.DataType.FLOAT, ["batch", "sequence", columns]), rows
+        tensors = {name: ir.tensor(array, name=name) for name, array in encoded.tensors.items()}
+        parts = [ir.val(name, tensor.dtype, tensor.shape, const_value=tensor) for name, tensor in tensors.items()]
+        attributes = {name: encoded.attributes[name] for name in fmt.attribute_names(op_type)}
+        nodes = NodeList()
+        y = nodes.add(op_type, [x, *parts], attributes, domain=DOMAIN, output="Y")
+        y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", "sequence", width])
+        imports = {"": 23, DOMAIN: DOMAIN_VERSION}
+        graph = ir.Graph([x], [y], nodes=nodes.nodes, initializers=parts, opset_imports=imports, name="one")
+        return ir.to_proto(ir.Model(graph, ir_version=10, functions=[fmt.function(op_type, 23)]))
+
+    return build

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -52,6 +53,8 @@ def test_every_tensor_starts_on_a_page_and_reads_back_bit_for_bit(tmp_path: Path
         "bytes": generator.integers(0, 256, (33, 45, 2)).astype(np.uint8),
         "long": generator.integers(0, 9, 500),
         "tiny": np.float32([1, 2]),
+        "narrow": generator.standard_normal(1000).astype(ml_dtypes.bfloat16),
+        "narrow and tiny": generator.standard_normal(9).astype(ml_dtypes.bfloat16),
     }
     with ExternalDataWriter(tmp_path) as writer:
         tensors = [writer.add(name, array) for name, array in arrays.items()]
@@ -59,8 +62,9 @@ def test_every_tensor_starts_on_a_page_and_reads_back_bit_for_bit(tmp_path: Path
     opened = check_external_data(tmp_path)
     for name, array in arrays.items():
         assert np.array_equal(opened.read(name), array)
+        assert opened.read(name).dtype == array.dtype
     places = [stored for stored in opened.tensors.values() if stored.path is not None]
-    assert [stored.offset % ALIGNMENT for stored in places] == [0, 0, 0]
+    assert [stored.offset % ALIGNMENT for stored in places] == [0, 0, 0, 0]
     assert opened.tensors["tiny"].path is None
 
 
