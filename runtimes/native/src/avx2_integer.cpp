@@ -17,14 +17,14 @@ extern const IntegerKernels kAvx2Int8, kAvx2Int4;
 namespace {
 
 /// For each 8-bit mask, which of eight packed bytes each position takes; negative means none, which is zero.
-/// `Base` is where in a 16-byte vector the packed bytes start.
+/// The packed bytes start at `base` of a 16-byte vector.
 struct ExpandTable {
-  alignas(64) int8_t lanes[256][8];
-  constexpr explicit ExpandTable(int base) : lanes() {
+  alignas(64) int8_t bytes[256][8];
+  constexpr explicit ExpandTable(int base) : bytes() {
     for (int bits = 0; bits < 256; ++bits) {
       int next = base;
       for (int lane = 0; lane < 8; ++lane)
-        lanes[bits][lane] = static_cast<int8_t>(bits >> lane & 1 ? next++ : -128);
+        bytes[bits][lane] = static_cast<int8_t>(bits >> lane & 1 ? next++ : -128);
     }
   }
 };
@@ -32,9 +32,22 @@ constexpr ExpandTable kLower(0), kUpper(8);
 
 #include "losa/loops/expand.h"
 #include "losa/loops/prefill.h"
+#include "losa/loops/avx2_transpose.h"
 
 // Values are one long stream; the processor's own prefetching stops at each page.
 constexpr int64_t kPrefetchBytes = 1024;
+
+constexpr int64_t kChunkSteps = 8;  // the masks of so many are a cache line; the smallest group has as many
+
+/// __builtin_popcountll, without the instruction that gcc adds to break a dependency which only some
+/// processors have and none waits for here.
+LOSA_INLINE uint64_t bits_in(uint64_t word) {
+  uint64_t count;
+  asm("popcnt %1, %0" : "=r"(count) : "r"(word));
+  return count;
+}
+
+LOSA_INLINE __m128i load16(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 
 /// Two 8-byte halves as one vector.
 LOSA_INLINE __m128i load_halves(const void* lower, const void* upper) {
@@ -42,35 +55,36 @@ LOSA_INLINE __m128i load_halves(const void* lower, const void* upper) {
   return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(half), static_cast<const __m64*>(upper)));
 }
 
-/// 64 positions from their mask and packed bytes, of which 16 past the last may be read.
-LOSA_INLINE void expand_bytes(const uint8_t* masks, const uint8_t* packed, __m256i (&weights)[4]) {
-  uint64_t kept;
-  __builtin_memcpy(&kept, masks, sizeof kept);
+/// 64 positions from their mask and packed bytes, of which 8 past the last may be read; returns where the
+/// packed bytes end.
+LOSA_INLINE const uint8_t* expand_bytes(const uint8_t* masks, const uint8_t* packed, __m256i (&weights)[4]) {
 #pragma GCC unroll 4
   for (int part = 0; part < 4; ++part) {
-    const int bit = 16 * part;
-    // Counted anew for each part, rather than moved along: no part waits for another.
-    const uint8_t* lower = packed + (part == 0 ? 0 : __builtin_popcountll(kept << (64 - bit) % 64));
-    const uint8_t* upper = packed + __builtin_popcountll(kept << (56 - bit));
-    const __m128i lanes =
-        load_halves(kLower.lanes[masks[2 * part]], kUpper.lanes[masks[2 * part + 1]]);
-    weights[part] = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(load_halves(lower, upper), lanes));
+    const uint64_t lower = masks[2 * part], upper = masks[2 * part + 1];
+    const uint8_t* middle = packed + bits_in(lower);
+    const __m128i lanes = load_halves(kLower.bytes[lower], kUpper.bytes[upper]);
+    weights[part] = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(load_halves(packed, middle), lanes));
+    packed = middle + bits_in(upper);
   }
+  return packed;
 }
 
 /// The levels of 32 codes, two to a byte, the low half first.
 LOSA_INLINE __m256i levels_of(const uint8_t* codes, __m256i codebook) {
-  const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  const __m256i words = _mm256_cvtepu8_epi16(load16(codes));
   const __m256i halves = _mm256_and_si256(_mm256_or_si256(words, _mm256_slli_epi16(words, 4)), _mm256_set1_epi8(15));
   return _mm256_shuffle_epi8(codebook, halves);
 }
+
+LOSA_INLINE __m256i codebook_of(const Weight& w) { return _mm256_broadcastsi128_si256(load16(w.codebook)); }
 
 LOSA_INLINE void widen(__m256i bytes, __m256i* weights) {
   weights[0] = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes));
   weights[1] = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(bytes, 1));
 }
 
-// Steps of a block, one after the other, as 16-bit integers: one class for each way they are stored.
+// Steps of a block, one after the other, as 16-bit integers: one class for each way they are stored. Before
+// every kChunkSteps of them, and the fewer last ones, chunk() is called.
 
 struct SparseInt8 {
   const uint8_t *masks, *values;
@@ -79,38 +93,62 @@ struct SparseInt8 {
     masks = w.block_masks(block);
     values = w.block_values(block);
   }
+  LOSA_INLINE void chunk() { __builtin_prefetch(masks + kPrefetchBytes); }
   LOSA_INLINE void next(__m256i (&weights)[4]) {
-    __builtin_prefetch(masks + kPrefetchBytes);
     __builtin_prefetch(values + kPrefetchBytes);
-    expand_bytes(masks, values, weights);
-    uint64_t kept;
-    __builtin_memcpy(&kept, masks, sizeof kept);
-    values += __builtin_popcountll(kept);
-    masks += sizeof kept;
+    values = expand_bytes(masks, values, weights);
+    masks += 8;
   }
 };
 
+/// Codes become levels a chunk ahead: a level that has just been stored cannot be loaded at another offset
+/// without waiting for the store to reach the cache.
 struct SparseInt4 {
   const uint8_t *masks, *values;
+  int64_t steps_ahead;  // of which no code is a level yet
+  const uint8_t* codes_masks;
   __m256i codebook;
+  bool crowded;  // steps often have more than 32 codes
+  const uint8_t* levels;
+  int half;  // of `buffer` that the next chunk is read from
+  alignas(64) uint8_t buffer[2][kChunkSteps][64];
+  uint8_t padding[8];
 
   LOSA_INLINE void start(const Weight& w, int64_t block) {
-    masks = w.block_masks(block);
+    masks = codes_masks = w.block_masks(block);
     values = w.block_values(block);
-    codebook = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.codebook)));
+    steps_ahead = w.steps();
+    codebook = codebook_of(w);
+    crowded = w.density() > 0.35;
+    half = 0;
+    unpack(0);
+  }
+  LOSA_INLINE void chunk() {
+    __builtin_prefetch(codes_masks + kPrefetchBytes);
+    unpack(1 - half);
+    levels = buffer[half][0];
+    half = 1 - half;
   }
   LOSA_INLINE void next(__m256i (&weights)[4]) {
-    alignas(32) uint8_t levels[64 + 16];
-    __builtin_prefetch(masks + kPrefetchBytes);
-    __builtin_prefetch(values + kPrefetchBytes);
-    uint64_t kept;
-    __builtin_memcpy(&kept, masks, sizeof kept);
-    const int64_t count = __builtin_popcountll(kept);
-    _mm256_store_si256(reinterpret_cast<__m256i*>(levels), levels_of(values, codebook));
-    if (count > 32) _mm256_store_si256(reinterpret_cast<__m256i*>(levels + 32), levels_of(values + 16, codebook));
     expand_bytes(masks, levels, weights);
-    values += (count + 1) / 2;
-    masks += sizeof kept;
+    masks += 8;
+    levels += 64;
+  }
+
+ private:
+  LOSA_INLINE void unpack(int to) {
+    const int64_t count = steps_ahead < kChunkSteps ? steps_ahead : kChunkSteps;
+    steps_ahead -= count;
+    for (int64_t step = 0; step < count; ++step, codes_masks += 8) {
+      __builtin_prefetch(values + kPrefetchBytes);
+      __m256i* place = reinterpret_cast<__m256i*>(buffer[to][step]);
+      uint64_t kept;
+      __builtin_memcpy(&kept, codes_masks, sizeof kept);
+      const uint64_t codes = bits_in(kept);
+      _mm256_store_si256(place, levels_of(values, codebook));
+      if (crowded || codes > 32) _mm256_store_si256(place + 1, levels_of(values + 16, codebook));
+      values += (codes + 1) / 2;
+    }
   }
 };
 
@@ -118,10 +156,10 @@ struct DenseInt8 {
   const uint8_t* values;
 
   LOSA_INLINE void start(const Weight& w, int64_t block) { values = w.block_values(block); }
+  LOSA_INLINE void chunk() {}
   LOSA_INLINE void next(__m256i (&weights)[4]) {
     __builtin_prefetch(values + kPrefetchBytes);
-    for (int part = 0; part < 4; ++part)
-      weights[part] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values) + part));
+    for (int part = 0; part < 4; ++part) weights[part] = _mm256_cvtepi8_epi16(load16(values + 16 * part));
     values += 64;
   }
 };
@@ -132,8 +170,9 @@ struct DenseInt4 {
 
   LOSA_INLINE void start(const Weight& w, int64_t block) {
     values = w.block_values(block);
-    codebook = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.codebook)));
+    codebook = codebook_of(w);
   }
+  LOSA_INLINE void chunk() {}
   LOSA_INLINE void next(__m256i (&weights)[4]) {
     __builtin_prefetch(values + kPrefetchBytes);
     widen(levels_of(values, codebook), weights);
@@ -167,17 +206,21 @@ void decode_block(const Weight& w, int64_t block, const RoundedTokens& x, float*
     __m256i sums[Tokens][4];
     for (int t = 0; t < Tokens; ++t)
       for (int part = 0; part < 4; ++part) sums[t][part] = _mm256_setzero_si256();
-    for (int64_t k = 0; k < columns; k += 4) {
-      __m256i weights[4];
-      steps.next(weights);
+    for (int64_t k = 0; k < columns;) {
+      const int64_t end = k + 4 * kChunkSteps < columns ? k + 4 * kChunkSteps : columns;
+      steps.chunk();
+      for (; k < end; k += 4) {
+        __m256i weights[4];
+        steps.next(weights);
 #pragma GCC unroll 4
-      for (int t = 0; t < Tokens; ++t) {
-        int64_t four;
-        __builtin_memcpy(&four, activations + t * stride + k, sizeof four);
-        const __m256i activation = _mm256_set1_epi64x(four);
+        for (int t = 0; t < Tokens; ++t) {
+          int64_t four;
+          __builtin_memcpy(&four, activations + t * stride + k, sizeof four);
+          const __m256i activation = _mm256_set1_epi64x(four);
 #pragma GCC unroll 4
-        for (int part = 0; part < 4; ++part)
-          sums[t][part] = _mm256_add_epi32(sums[t][part], _mm256_madd_epi16(weights[part], activation));
+          for (int part = 0; part < 4; ++part)
+            sums[t][part] = _mm256_add_epi32(sums[t][part], _mm256_madd_epi16(weights[part], activation));
+        }
       }
     }
     const __m256 weight_scales[2] = {half_floats(scales), half_floats(scales + 8)};
@@ -242,8 +285,7 @@ struct Pairs {
     _mm256_storeu_ps(sums, _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), _mm256_mul_ps(a, b), so_far));
   }
   static void transpose8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-    for (int j = 0; j < 8; ++j)
-      for (int i = 0; i < 8; ++i) to[j * to_stride + i] = from[i * from_stride + j];
+    transpose8_to(from, from_stride, to, [=](int64_t j) { return j * to_stride; });
   }
 };
 
@@ -300,6 +342,7 @@ class PairSource {
     const int64_t steps = elements / 2;
     int32_t *first = tile->weights, *second = first + steps * kBlockRows;
     for (int64_t step = 0; step < steps; ++step, first += kBlockRows, second += kBlockRows) {
+      if (step % kChunkSteps == 0) steps_.chunk();
       __m256i weights[4];
       steps_.next(weights);
       for (int half = 0; half < 2; ++half) {
@@ -331,20 +374,30 @@ class PairSource {
 /// Tile of tokens `index`: for each group its pairs in the order of PairSource, [pair][token]; and the scales.
 void pack_pairs(const Weight& w, const RoundedTokens& x, int64_t tokens, int64_t index, const PackedTokens& packed) {
   const TokenTile tile = token_tile(tokens, index);
+  const int64_t stride = x.padded_columns();
   int32_t* to = static_cast<int32_t*>(packed.values) + tile.first * 2 * w.steps();
   float* scales = packed.scales + tile.first * x.groups();
   for (int64_t group = 0; group < x.groups(); ++group, scales += tile.width) {
     const int64_t first = group * x.group, left = w.columns - first;
     const int64_t steps = ((left < x.group ? left : x.group) + 3) / 4;
-    for (int64_t t = 0; t < tile.width; ++t) {
-      const bool real = t < tile.tokens;
-      scales[t] = real ? x.token_scales(tile.first + t)[group] : 0.0f;
-      const int16_t* from = real ? x.token(tile.first + t) + first : nullptr;
-      for (int64_t step = 0; step < steps; ++step) {
-        int32_t pairs[2] = {};
-        if (real) __builtin_memcpy(pairs, from + 4 * step, sizeof pairs);
-        to[step * tile.width + t] = pairs[0];
-        to[(steps + step) * tile.width + t] = pairs[1];
+    for (int64_t t = 0; t < tile.width; ++t)
+      scales[t] = t < tile.tokens ? x.token_scales(tile.first + t)[group] : 0.0f;
+    for (int64_t t = 0; t < tile.width; t += 8) {
+      const int16_t* from = x.token(tile.first + t) + first;
+      int64_t step = 0;
+      if (t + 8 <= tile.tokens) {
+        for (; step + 4 <= steps; step += 4)
+          transpose8_to(reinterpret_cast<const float*>(from + 4 * step), stride / 2,
+                        reinterpret_cast<float*>(to + step * tile.width + t),
+                        [&](int64_t j) { return (j % 2 * steps + j / 2) * tile.width; });
+      }
+      for (; step < steps; ++step) {
+        for (int64_t i = t; i < t + 8; ++i) {
+          int32_t pairs[2] = {};
+          if (i < tile.tokens) __builtin_memcpy(pairs, from + (i - t) * stride + 4 * step, sizeof pairs);
+          to[step * tile.width + i] = pairs[0];
+          to[(steps + step) * tile.width + i] = pairs[1];
+        }
       }
     }
     to += 2 * steps * tile.width;
