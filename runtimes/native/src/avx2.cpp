@@ -6,7 +6,9 @@
 
 namespace losa {
 
-extern const IntegerKernels kAvx2Int8, kAvx2Int4;  // avx2_integer.cpp
+// avx2_integer.cpp
+extern const IntegerKernels kAvx2Int8, kAvx2Int4;
+void avx2_round(const float* x, int64_t tokens, int64_t bits, const RoundedTokens& rounded);
 
 namespace {
 
@@ -135,7 +137,7 @@ const KernelRow kAvx2Row = {
     {},  // bf16
     kAvx2Int8,
     kAvx2Int4,
-    nullptr,
+    avx2_round,
     gate,
 };
 

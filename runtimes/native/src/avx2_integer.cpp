@@ -13,6 +13,7 @@
 namespace losa {
 
 extern const IntegerKernels kAvx2Int8, kAvx2Int4;
+void avx2_round(const float* x, int64_t tokens, int64_t bits, const RoundedTokens& rounded);
 
 namespace {
 
@@ -431,7 +432,56 @@ void prefill(const Weight& w, BlockRange blocks, const PackedTokens& packed, int
 
 constexpr int64_t kPrefillMinTokens = 5;
 
+// ---- rounding ----
+
+/// A group of `columns` activations, a multiple of 16, to `to`; returns its scale.
+float round_group(const float* x, int64_t columns, float largest, int16_t* to) {
+  // As integers, the bits of magnitudes are in the order of their values; infinities and NaN come last.
+  const __m256i magnitude_bits = _mm256_set1_epi32(0x7fffffff);
+  __m256i tops = _mm256_setzero_si256();
+  for (int64_t k = 0; k < columns; k += 8) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k));
+    tops = _mm256_max_epi32(tops, _mm256_and_si256(bits, magnitude_bits));
+  }
+  __m128i top = _mm_max_epi32(_mm256_castsi256_si128(tops), _mm256_extracti128_si256(tops, 1));
+  top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0x4e));
+  top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0xb1));
+  const float amax = _mm_cvtss_f32(_mm_castsi128_ps(top));
+  const bool finite = _mm_cvtsi128_si32(top) < 0x7f800000;
+  const float inverse = largest / amax;
+  // So small an amax that its inverse overflows is no information: it counts as zero.
+  const bool usable = finite && amax > 0 && inverse <= 3.402823466e38f;
+  if (!usable) {
+    __builtin_memset(to, 0, static_cast<size_t>(2 * columns));
+    return finite ? 0.0f : __builtin_nanf("");
+  }
+  const __m256 factor = _mm256_set1_ps(inverse);
+  for (int64_t k = 0; k < columns; k += 16) {
+    const __m256i lower = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + k), factor));
+    const __m256i upper = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + k + 8), factor));
+    const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(lower, upper), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k), both);
+  }
+  return amax / largest;
+}
+
 }  // namespace
+
+void avx2_round(const float* x, int64_t tokens, int64_t bits, const RoundedTokens& rounded) {
+  const float largest = bits == 8 ? 127.0f : 32767.0f;
+  for (int64_t token = 0; token < tokens; ++token, x += rounded.columns) {
+    for (int64_t group = 0; group < rounded.groups(); ++group) {
+      const int64_t first = group * rounded.group, left = rounded.columns - first;
+      const float* from = x + first;
+      float padded[kMaxGroup] = {};
+      if (left < rounded.group) {
+        __builtin_memcpy(padded, from, static_cast<size_t>(left) * sizeof *from);
+        from = padded;
+      }
+      rounded.token_scales(token)[group] = round_group(from, rounded.group, largest, rounded.token(token) + first);
+    }
+  }
+}
 
 const IntegerKernels kAvx2Int8 = {decode<SparseInt8, DenseInt8>, prefill<SparseInt8, DenseInt8>, pack_pairs,
                                   kPrefillMinTokens};
