@@ -18,6 +18,7 @@ import numpy as np
 from losa_export.errors import BenchmarkError, ConfigError
 from losa_export.eval.kernel_bench_engines import (
     MAX_COPIES,
+    MAX_RUN_S,
     PEERS,
     Engine,
     EngineSpec,
@@ -444,6 +445,13 @@ def _chosen_rows(rows: Sequence[str], kernel: native.KernelInfo) -> tuple[str, .
     return tuple(rows)
 
 
+def may_be_cached(
+    copies: int, weight_bytes: int, median_us: float, cache_bytes: int, max_run_s: float = MAX_RUN_S
+) -> bool:
+    """Whether a ring is too small to keep the caches cold, and that not because the engine is too slow to notice."""
+    return copies * weight_bytes < 2 * cache_bytes and copies * median_us / 1e6 < max_run_s / 2
+
+
 def _warnings(cases: Sequence[KernelCase], cache_bytes: int) -> list[str]:
     found = []
     disturbed = [case for case in cases if len(case.disturbed_blocks) > _MANY_DISTURBED * case.blocks]
@@ -453,7 +461,11 @@ def _warnings(cases: Sequence[KernelCase], cache_bytes: int) -> list[str]:
             "5 % longer than in quiet); stop other work on this machine and run again"
         )
     for case in cases:
-        warm = [timing.name for timing in case.timings if timing.copies * timing.weight_bytes < 2 * cache_bytes]
+        warm = [
+            timing.name
+            for timing in case.timings
+            if may_be_cached(timing.copies, timing.weight_bytes, timing.median_us, cache_bytes)
+        ]
         if warm:
             found.append(
                 f"{case.rows} x {case.columns}, {case.sparsity:.0%} zeros: the copies of {', '.join(warm)} take less "

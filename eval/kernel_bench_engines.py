@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from losa_export.errors import (
     BenchmarkError,
     ConfigError,
+    LosaError,
     MissingDependencyError,
     OutputError,
     RuntimeFailureError,
@@ -332,7 +333,14 @@ class OrtEngine:
         self.spec, self.copies, self.weight_bytes = spec, copies, weight_bytes
         self._rows = bases[0].dense.shape[0]
         with tempfile.TemporaryDirectory(dir=folder) as inside, forced_row(spec.row):
-            path = _write_model(Path(inside), bases, copies)
+            try:
+                path = _write_model(Path(inside), bases, copies)
+            except OSError as error:
+                raise OutputError(
+                    f"the weights of '{spec.name}' cannot be written to '{folder}': {error.strerror}; choose fewer "
+                    "copies by a smaller --ring, or set TMPDIR to a place with room",
+                    path=folder,
+                ) from error
             self._session = _open(path, spec, threads)
         self._names = [output.name for output in self._session.get_outputs()]
         self._binding: Any = None
@@ -503,10 +511,12 @@ def _open(path: Path, spec: EngineSpec, threads: int) -> Any:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     # Threads wait for work while a run lasts, as they should, and sleep after it: other sessions are measured next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if spec.value is not None:
-        options.register_custom_ops_library(str(native.library_path()))
     try:
+        if spec.value is not None:
+            options.register_custom_ops_library(str(native.library_path()))
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except LosaError:
+        raise
     except Exception as error:  # the binding has a dozen exception classes with no common base of their own
         own = native.typed_error(str(error))
         if own is not None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 from losa_export.errors import BenchmarkError
 from losa_export.eval.kernel_bench_weights import GROUP, ValueKind, bytes_per_weight
@@ -52,7 +53,7 @@ def crossing(sparsities: Sequence[float], ratios: Sequence[RatioEstimate]) -> Cr
     """
     if not sparsities or len(ratios) != len(sparsities):
         raise BenchmarkError(f"{len(ratios)} ratios were given for {len(sparsities)} sparsities; give one for each")
-    if any(second <= first for first, second in zip(sparsities, sparsities[1:], strict=False)):
+    if any(second <= first for first, second in pairwise(sparsities)):
         raise BenchmarkError(f"the sparsities {list(sparsities)} do not ascend; sort them, each once")
 
     def last_rise(value: Callable[[RatioEstimate], float]) -> float | None:
