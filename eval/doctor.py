@@ -50,6 +50,7 @@ _PEERS: tuple[PeerName, ...] = ("ort-fp32", "ort-int8-dynamic", "ort-int4-block3
 _FIRST_SPARSITIES = (0.5, 0.9, 0.7)
 _BUILD_SHARE = 0.6
 _LONGEST_RING = 256 << 20
+_MEMORY_SHARE = 0.4
 _MAX_RUN_S = 0.02
 _TURN_S = 0.008
 _RESERVE_S = 0.7
@@ -103,7 +104,7 @@ def run_doctor(config: DoctorConfig | None = None, *, show_progress: bool = True
     threads = resolve_threads(config.threads)
     kernel, machine = native.describe(), machine_record()
     shape = parse_shapes((config.shape,))[0]
-    ring_bytes = min(3 * last_cache_bytes(machine), _LONGEST_RING)
+    ring_bytes = ring_for(config, machine)
     bandwidth_one = memory_bandwidth(1, ring_bytes)
     bandwidth_all = memory_bandwidth(threads, ring_bytes)
     missing: MissingDependencyError | None = None
@@ -138,6 +139,15 @@ def run_doctor(config: DoctorConfig | None = None, *, show_progress: bool = True
         elapsed_s=time.perf_counter() - start,
         missing=missing,
     )
+
+
+def ring_for(config: DoctorConfig, machine: MachineRecord) -> int:
+    """Bytes of a ring: three times the last cache, or what memory lets every engine have, whichever is less."""
+    ring_bytes = min(3 * last_cache_bytes(machine), _LONGEST_RING)
+    if machine.memory_available_bytes is not None:
+        engines = len(_PEERS) + len(config.values) * len(set(config.sparsities))
+        ring_bytes = min(ring_bytes, int(_MEMORY_SHARE * machine.memory_available_bytes / engines))
+    return max(ring_bytes, 1)
 
 
 def _measure(

@@ -276,6 +276,18 @@ def run_short(config):
         return run_doctor(config, show_progress=False)
 
 
+def test_a_ring_is_thrice_the_last_cache_unless_memory_is_short(quiet_memory):
+    config = DoctorConfig(sparsities=(0.5, 0.9), values=("int8",))
+
+    def ring(available):
+        return doctor.ring_for(config, SimpleNamespace(memory_available_bytes=available))
+
+    assert ring(1 << 34) == ring(None) == 3 << 14
+    # Six engines share two fifths of what is free.
+    assert ring(60_000) == 4000
+    assert ring(0) == 1
+
+
 def test_limits_are_bytes_over_the_bandwidth_of_the_run(quiet_memory):
     report = run_short(DoctorConfig(shape="64x128", sparsities=(0.5, 0.9), values=("fp32",), threads=1, seconds=60.0))
     assert all(one.limit_us == pytest.approx(1e6 * one.weight_bytes / 1e10) for one in report.products)
