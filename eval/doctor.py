@@ -39,7 +39,7 @@ from losa_export.eval.kernel_bench_roofline import break_even_by_bytes, crossing
 from losa_export.eval.kernel_bench_shapes import Shape, parse_shapes
 from losa_export.eval.kernel_bench_timing import TimingPlan, Timings, measure
 from losa_export.eval.kernel_bench_weights import group_size, value_kind
-from losa_export.eval.machine import machine_record
+from losa_export.eval.machine import MachineRecord, machine_record
 from losa_export.eval.stats import median
 from losa_export.progress import Progress
 from losa_export.runtimes import native
