@@ -1,10 +1,17 @@
 """Weights rounded to int8 levels or to a 16-entry int4 codebook, with one float16 scale per row and group of columns.
 
-int8 scales put the largest kept weight of a group at level ±127. int4 weights share one codebook of int8 levels: the
-solution of the Lloyd-Max problem (Lloyd, "Least squares quantization in PCM", 1982; Max, "Quantizing for minimum
-distortion", 1960) for the kept weights, so it leaves out the dead zone around zero that pruning made. With levels
-restricted to integers the problem is small enough for its global optimum, by dynamic programming over the levels
-(Bruce, "Optimum quantization", 1965); Lloyd's own iteration would stop at a local one.
+int8 scales put the largest kept weight of a group at level ±127.
+
+int4 weights share one codebook of int8 levels, and each group has the scale that suits it best. Both come from least
+squares (Lloyd, "Least squares quantization in PCM", 1982; Max, "Quantizing for minimum distortion", 1960), so levels
+gather where kept weights lie and leave out what pruning emptied. With integer levels the codebook has a global
+optimum that dynamic programming finds (Bruce, "Optimum quantization", 1965); Lloyd's iteration would stop at a local
+one.
+
+An error matters by what it does to the layer's output, so its square counts as much as the square of the column's
+input. The exporter sees no inputs, but the mask has seen them: see `column_importance`. On weights pruned by Wanda this
+halves the error of the outputs, and comes within a few percent of what calibration data would do
+(docs/studies/codebooks.md).
 
 All codes are chosen for the scale as it is stored, after rounding to float16.
 """
@@ -13,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +30,7 @@ from losa_export.errors import FormatError
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
+_Entry = TypeVar("_Entry", bound=np.generic)
 
 LARGEST_LEVEL = 127
 CODEBOOK_SIZE = 16
@@ -34,12 +43,19 @@ _LARGEST_SCALE = 65504.0
 # Weights handled at a time: temporaries stay within a few MB, mostly in cache.
 _WEIGHTS_AT_ONCE = 1 << 18
 
-# Weights that the codebook is fitted to. More change no level.
-_SAMPLE_WEIGHTS = 1 << 21
+# Weights that codebook and importance are fitted to. More change no level by more than one.
+_SAMPLE_WEIGHTS = 1 << 20
 
-# After the first codebook: further ones, each for the scales that suit the last. And scale refits for a codebook.
+# After the first codebook, for absmax scales: further ones, each for the scales that suit the last.
 _CODEBOOK_REFITS = 2
-_SCALE_REFITS = 2
+
+# Scales that are tried for each group, in units of the absmax scale, before the fit by least squares.
+_SCALE_TRIALS = (0.7, 0.76, 0.82, 0.88, 0.94, 1.0, 1.06, 1.12)
+
+# The share of a column's kept weights that may lie below the threshold it is taken to have had.
+_THRESHOLD_QUANTILE = 0.02
+# A kept weight may be exactly zero for no reason; no column counts more than 10^4 times the usual.
+_SMALLEST_THRESHOLD = 0.01
 
 # Half-level cells of the histogram. The border between two integer levels is a multiple of 1/2, so each cell
 # belongs to one level as a whole, and a table over cells finds the nearest level exactly.
@@ -90,6 +106,47 @@ class Int4Weight:
         return values
 
 
+@dataclass(frozen=True)
+class KeptGroups:
+    """The kept weights of some rows, group after group, without the groups that are all zero.
+
+    Attributes:
+        rows: which rows of the weight these are.
+        keep: (n, K) bool, True where a weight of a living group is kept; its positions in order are the values'.
+        living: (n, groups) bool, True for groups with a kept weight other than 0.
+        values: (kept,) float32.
+        costs: (kept,) float32, what a squared error of 1 in each costs.
+        starts: (living groups,) where each group's values begin.
+        counts: (living groups,) how many there are.
+    """
+
+    rows: slice
+    keep: Bool
+    living: Bool
+    values: Float32
+    costs: Float32
+    starts: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+    def absmax_scales(self) -> Float32:
+        """Scales (living groups,) that put the largest magnitude at level 127, not rounded yet."""
+        if not len(self.starts):
+            return np.zeros(0, dtype=np.float32)
+        largest: Float32 = np.maximum.reduceat(np.abs(self.values), self.starts)
+        return largest / np.float32(LARGEST_LEVEL)
+
+    def over(self, scales: Float32 | NDArray[np.float16]) -> Float32:
+        """The values in units of their group's scale."""
+        wide: Float32 = np.repeat(scales.astype(np.float32), self.counts)
+        return self.values / wide
+
+    def spread(self, scales: NDArray[np.float16]) -> NDArray[np.float16]:
+        """Scales of the living groups as (n, groups), 0 for the others."""
+        found = np.zeros(self.living.shape, dtype=np.float16)
+        found[self.living] = scales
+        return found
+
+
 def quantise_int8(weight: Float32, keep: Bool, group: int) -> Int8Weight:
     """Round kept weights to int8 levels.
 
@@ -102,68 +159,111 @@ def quantise_int8(weight: Float32, keep: Bool, group: int) -> Int8Weight:
     """
     _check(weight, keep, group)
     rows, columns = weight.shape
-    levels = np.empty((rows, columns), dtype=np.int8)
-    scales = np.empty((rows, -(-columns // group)), dtype=np.float16)
-    for part, kept, _ in _grouped(weight, keep, group, range(rows)):
-        scales[part] = absmax_scales(kept)
-        rounded = np.rint(_over_scale(kept, scales[part]))
-        np.clip(rounded, -LARGEST_LEVEL, LARGEST_LEVEL, out=rounded)
-        levels[part] = rounded.reshape(len(rounded), -1)[:, :columns]
+    levels = np.zeros((rows, columns), dtype=np.int8)
+    scales = np.zeros((rows, -(-columns // group)), dtype=np.float16)
+    for part in kept_groups(weight, keep, group):
+        stored = round_scales(part.absmax_scales())
+        scales[part.rows] = part.spread(stored)
+        levels[part.rows][part.keep] = np.clip(np.rint(part.over(stored)), -LARGEST_LEVEL, LARGEST_LEVEL)
     return Int8Weight(levels, scales, group)
 
 
-def quantise_int4(weight: Float32, keep: Bool, group: int) -> Int4Weight:
+def quantise_int4(weight: Float32, keep: Bool, group: int, *, importance: Float32 | None = None) -> Int4Weight:
     """Round kept weights to a codebook fitted to them.
 
-    Args and Raises: as `quantise_int8`.
+    Args:
+        weight: as `quantise_int8` takes it.
+        keep: likewise.
+        group: likewise.
+        importance: (K,) ≥ 0, what a squared error in each column costs, best the mean square of the layer's input.
+            None reads it off the weight and its mask.
+
+    Raises: FormatError as `quantise_int8`.
     """
     _check(weight, keep, group)
-    codebook = _fitted_codebook(weight, keep, group)
+    if importance is None:
+        importance = column_importance(weight, keep)
+    return apply_codebook(weight, keep, group, fit_codebook(weight, keep, group, importance), importance)
+
+
+def column_importance(weight: Float32, keep: Bool) -> Float32:
+    """What an error in each column costs, as far as a mask tells: (K,) float32 around 1.
+
+    Wanda keeps a weight when |w| · ‖input of its column‖ is above the threshold of its row. So the smallest weights
+    that a column kept are in inverse proportion to its input. After pruning by magnitude they are the same
+    everywhere, and so is the importance; a weight without zeros tells nothing and gets 1.
+    """
+    rows = _sampled_rows(weight)
+    kept = keep[rows]
+    if kept.all():
+        return np.ones(weight.shape[1], dtype=np.float32)
+    ordered = np.sort(np.where(kept, np.abs(weight[rows]), np.inf), axis=0)
+    counts = np.count_nonzero(kept, axis=0)
+    place = (counts * _THRESHOLD_QUANTILE).astype(np.int64)
+    thresholds = np.take_along_axis(ordered, place[None], axis=0)[0]  # infinite for a column without kept weights
+    known = np.isfinite(thresholds) & (thresholds > 0)
+    if not known.any():
+        return np.ones(weight.shape[1], dtype=np.float32)
+    usual = np.median(thresholds[known])
+    importance: Float32 = np.square(usual / np.maximum(thresholds, _SMALLEST_THRESHOLD * usual)).astype(np.float32)
+    return importance
+
+
+def fit_codebook(weight: Float32, keep: Bool, group: int, importance: Float32) -> NDArray[np.int8]:
+    """One codebook for a weight: first for absmax scales, then for the scales that suit the last codebook.
+
+    Args: as `quantise_int4`.
+    Returns: (16,) int8, strictly ascending.
+    """
+    rows = _sampled_rows(weight)
+    codebook = optimal_codebook(_moments(weight, keep, group, importance, rows, None))
+    for _ in range(_CODEBOOK_REFITS):
+        codebook = optimal_codebook(_moments(weight, keep, group, importance, rows, codebook))
+    return codebook
+
+
+def apply_codebook(
+    weight: Float32, keep: Bool, group: int, codebook: NDArray[np.int8], importance: Float32
+) -> Int4Weight:
+    """Choose scales for a codebook, and the nearest code for each kept weight. Args: as `quantise_int4`."""
     rows, columns = weight.shape
-    codes = np.empty((rows, columns), dtype=np.uint8)
-    scales = np.empty((rows, -(-columns // group)), dtype=np.float16)
-    for part, kept, mask in _grouped(weight, keep, group, range(rows)):
-        scales[part] = refitted_scales(kept, mask, absmax_scales(kept), codebook)
-        chosen = nearest_codes(_over_scale(kept, scales[part]), codebook)
-        chosen[(scales[part] == 0)[:, :, None] | ~mask] = 0
-        codes[part] = chosen.reshape(len(chosen), -1)[:, :columns]
+    codes = np.zeros((rows, columns), dtype=np.uint8)
+    scales = np.zeros((rows, -(-columns // group)), dtype=np.float16)
+    for part in kept_groups(weight, keep, group, importance):
+        stored = round_scales(suited_scales(part, codebook))
+        scales[part.rows] = part.spread(stored)
+        codes[part.rows][part.keep] = nearest_codes(part.over(stored), codebook)
     return Int4Weight(codes, scales, codebook, group)
 
 
-def absmax_scales(kept: Float32) -> NDArray[np.float16]:
-    """Scales that put the largest magnitude of each group at level 127: (N, groups) from (N, groups, group)."""
-    return _to_float16(np.abs(kept).max(axis=2, initial=0) / np.float32(LARGEST_LEVEL))
+def suited_scales(part: KeptGroups, codebook: NDArray[np.int8]) -> Float32:
+    """The scale of each living group with the least squared error for a codebook, not rounded yet.
 
-
-def refitted_scales(
-    kept: Float32, mask: Bool, scales: NDArray[np.float16], codebook: NDArray[np.int8]
-) -> NDArray[np.float16]:
-    """Scales that fit a codebook in least squares: nearest codes, then Σ w·level / Σ level², a few times over.
-
-    Args:
-        kept: (N, groups, group) float32, 0 where pruned.
-        mask: the same shape, True = kept.
-        scales: (N, groups) to begin with.
-        codebook: (16,) int8, ascending.
+    A few scales are tried. For the codes that one leads to, the best scale is s = Σ c·w·level / Σ c·level², with c
+    the cost, and it takes s · Σ c·w·level off the error that no weight at all would leave: the most wins.
     """
-    table = codebook.astype(np.float32)
-    for _ in range(_SCALE_REFITS):
-        levels = table[nearest_codes(_over_scale(kept, scales), codebook)]
-        levels *= mask
-        products = np.einsum("ngk,ngk->ng", kept, levels)
-        squares = np.einsum("ngk,ngk->ng", levels, levels)
-        # A fit that is not positive (a group whose few weights sit in the dead zone) tells nothing: keep the scale.
-        fits = np.divide(products, squares, out=np.zeros_like(products), where=squares > 0)
-        fits = np.minimum(fits, _LARGEST_SCALE)
-        scales = np.where((fits > 0) & (scales > 0), _to_float16(fits), scales)
+    scales = part.absmax_scales()
+    if not len(scales):
+        return scales
+    ratios = part.over(scales)
+    weighted = part.values * part.costs
+    levels = _nearest_table(codebook, codebook.astype(np.float32))
+    squares = levels * levels
+    most = np.zeros_like(scales)
+    for trial in _SCALE_TRIALS:
+        cells = _cells(ratios / np.float32(trial))
+        products = np.add.reduceat(weighted * levels.take(cells), part.starts)
+        fit = products / np.add.reduceat(part.costs * squares.take(cells), part.starts)
+        # A fit is not positive where the few weights of a group are small beside every level: it never wins.
+        gain = np.where(fit > 0, fit * products, 0)
+        scales = np.where(gain > most, fit, scales)
+        most = np.maximum(gain, most)
     return scales
 
 
 def nearest_codes(ratios: Float32, codebook: NDArray[np.int8]) -> NDArray[np.uint8]:
     """Index of the codebook level nearest to each value of `ratios`, any shape."""
-    centres = (np.arange(_CELLS) + _FIRST_CELL + 0.5) / 2
-    table = np.abs(centres[:, None] - codebook.astype(np.float64)).argmin(axis=1).astype(np.uint8)
-    codes: NDArray[np.uint8] = table[_cells(ratios)]
+    codes: NDArray[np.uint8] = _nearest_table(codebook, np.arange(CODEBOOK_SIZE, dtype=np.uint8)).take(_cells(ratios))
     return codes
 
 
@@ -203,31 +303,69 @@ def optimal_codebook(moments: Float64) -> NDArray[np.int8]:
     return levels[chosen[::-1]].astype(np.int8)
 
 
-def _fitted_codebook(weight: Float32, keep: Bool, group: int) -> NDArray[np.int8]:
-    """One codebook for a weight: fitted to absmax scales first, then to the scales that suit the last codebook."""
-    rows, columns = weight.shape
-    sampled = range(0, rows, max(1, -(-rows * columns // _SAMPLE_WEIGHTS)))
-    codebook = optimal_codebook(_moments(weight, keep, group, sampled, None))
-    for _ in range(_CODEBOOK_REFITS):
-        codebook = optimal_codebook(_moments(weight, keep, group, sampled, codebook))
-    return codebook
+def kept_groups(
+    weight: Float32, keep: Bool, group: int, importance: Float32 | None = None, rows: range | None = None
+) -> Iterator[KeptGroups]:
+    """The kept weights, some rows at a time.
+
+    Args:
+        weight: (N, K) float32.
+        keep: (N, K) bool.
+        group: columns that share a scale.
+        importance: (K,) float32; None for costs of 1.
+        rows: those to go through; None for all.
+    """
+    columns = weight.shape[1]
+    firsts = np.arange(0, columns, group)
+    rows = range(len(weight)) if rows is None else rows
+    at_once = _rows_at_once(columns)
+    for first in range(0, len(rows) if columns else 0, at_once):
+        chosen = rows[first : first + at_once]
+        part = slice(chosen.start, chosen.stop, chosen.step)
+        kept = keep[part]
+        values = np.where(kept, weight[part], np.float32(0))
+        living = np.logical_or.reduceat(values != 0, firsts, axis=1)
+        kept = kept & np.repeat(living, group, axis=1)[:, :columns]
+        counts = np.add.reduceat(kept, firsts, axis=1, dtype=np.int64)[living]
+        costs = np.ones(1, np.float32) if importance is None else importance.astype(np.float32)
+        yield KeptGroups(
+            rows=part,
+            keep=kept,
+            living=living,
+            values=values[kept],
+            costs=np.broadcast_to(costs, kept.shape)[kept],
+            starts=np.cumsum(counts) - counts,
+            counts=counts,
+        )
 
 
-def _moments(weight: Float32, keep: Bool, group: int, rows: range, codebook: NDArray[np.int8] | None) -> Float64:
-    """Histogram, as `optimal_codebook` takes it, of the kept weights over the scales that suit `codebook`."""
+def round_scales(scales: Float32) -> NDArray[np.float16]:
+    """Round to float16; upward where steps are coarse, so that no weight lies far beyond the last level."""
+    upward = np.ceil(scales / _SMALLEST_STEP) * _SMALLEST_STEP
+    within = np.minimum(np.where(scales < _SMALLEST_NORMAL, upward, scales), _LARGEST_SCALE)
+    return within.astype(np.float16)
+
+
+def _moments(
+    weight: Float32, keep: Bool, group: int, importance: Float32, rows: range, codebook: NDArray[np.int8] | None
+) -> Float64:
+    """Histogram, as `optimal_codebook` takes it, over the scales that suit `codebook`, or absmax ones for None."""
     moments = np.zeros((3, _CELLS))
-    for _, kept, mask in _grouped(weight, keep, group, rows):
-        scales = absmax_scales(kept)
-        if codebook is not None:
-            scales = refitted_scales(kept, mask, scales, codebook)
-        counted = mask & (scales > 0)[:, :, None]
-        ratios = _over_scale(kept, scales)[counted].astype(np.float64)
-        # An error of one level costs scale² in the weight.
-        costs = np.square(np.broadcast_to(scales[:, :, None], mask.shape)[counted].astype(np.float64))
+    for part in kept_groups(weight, keep, group, importance, rows):
+        scales = round_scales(part.absmax_scales() if codebook is None else suited_scales(part, codebook))
+        ratios = part.over(scales)
         cells = _cells(ratios)
-        for power, moment in enumerate(moments):
-            moment += np.bincount(cells, costs * ratios**power, minlength=_CELLS)
+        # An error of one level is one scale in the weight.
+        costs = part.costs * np.repeat(np.square(scales.astype(np.float64)), part.counts)
+        for moment in moments:
+            moment += np.bincount(cells, costs, minlength=_CELLS)
+            costs = costs * ratios
     return moments
+
+
+def _sampled_rows(weight: Float32) -> range:
+    """Rows at even distances that hold about `_SAMPLE_WEIGHTS` weights, or all."""
+    return range(0, len(weight), max(1, -(-weight.size // _SAMPLE_WEIGHTS)))
 
 
 def _check(weight: Float32, keep: Bool, group: int) -> None:
@@ -270,39 +408,19 @@ def _rows_at_once(columns: int) -> int:
     return max(1, _WEIGHTS_AT_ONCE // max(1, columns))
 
 
-def _grouped(weight: Float32, keep: Bool, group: int, rows: range) -> Iterator[tuple[slice, Float32, Bool]]:
-    """Parts of the chosen rows as (n, groups, group): where they lie, the weights with 0 where pruned, the mask."""
-    columns = weight.shape[1]
-    padding = -columns % group
-    at_once = _rows_at_once(columns)
-    for first in range(0, len(rows), at_once):
-        chosen = rows[first : first + at_once]
-        part = slice(chosen.start, chosen.stop, chosen.step)
-        mask = np.pad(keep[part], ((0, 0), (0, padding)))
-        kept = np.where(mask, np.pad(weight[part], ((0, 0), (0, padding))), np.float32(0))
-        shape = (len(mask), (columns + padding) // group, group)
-        yield part, kept.reshape(shape), mask.reshape(shape)
+def _nearest_table(codebook: NDArray[np.int8], entries: NDArray[_Entry]) -> NDArray[_Entry]:
+    """For each half-level cell, the entry that belongs to its nearest level."""
+    centres = (np.arange(_CELLS) + _FIRST_CELL + 0.5) / 2
+    nearest = np.abs(centres[:, None] - codebook.astype(np.float64)).argmin(axis=1)
+    table: NDArray[_Entry] = entries[nearest]
+    return table
 
 
-def _over_scale(kept: Float32, scales: NDArray[np.float16]) -> Float32:
-    """Weights (N, groups, group) in units of their group's scale; 0 where the scale is 0."""
-    wide = scales.astype(np.float32)[:, :, None]
-    result: Float32 = np.divide(kept, wide, out=np.zeros_like(kept), where=wide > 0)
-    return result
-
-
-def _cells(ratios: NDArray[np.floating]) -> NDArray[np.int32]:
+def _cells(ratios: Float32) -> NDArray[np.intp]:
     """Half-level cell of each value; values beyond the last level count to the outermost cells."""
-    cells = np.floor(ratios * 2)
-    np.clip(cells, _FIRST_CELL, _FIRST_CELL + _CELLS - 1, out=cells)
-    result: NDArray[np.int32] = cells.astype(np.int32) - np.int32(_FIRST_CELL)
-    return result
-
-
-def _to_float16(scales: Float32) -> NDArray[np.float16]:
-    """Round to float16; upward where steps are coarse, so that no weight lies far beyond the last level."""
-    upward = np.ceil(scales / _SMALLEST_STEP) * _SMALLEST_STEP
-    return np.where(scales < _SMALLEST_NORMAL, upward, scales).astype(np.float16)
+    # Truncation is floor from 0 on, and much faster.
+    cells = np.clip(ratios * 2 - _FIRST_CELL, 0, _CELLS - 1)
+    return cells.astype(np.intp)
 
 
 def _by_column(scales: NDArray[np.float16], group: int, columns: int) -> Float32:
