@@ -277,7 +277,12 @@ struct Pairs {
   static Vector broadcast(const int32_t* p) {
     return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(p)));
   }
-  static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_add_epi32(_mm256_madd_epi16(a, b), c); }
+  /// a b + c. As intrinsics, gcc 12 gives each sum a new register at each step, and runs out of them.
+  static Vector multiply_add(Vector a, Vector b, Vector c) {
+    Vector product;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(c), "=&x"(product) : "x"(a), "xm"(b));
+    return c;
+  }
   static Vector begin(const float*) { return _mm256_setzero_si256(); }
   static Scale scale(const float* p) { return _mm256_broadcast_ss(p); }
   static Scale scales(const float* p) { return _mm256_loadu_ps(p); }
@@ -430,7 +435,7 @@ void prefill(const Weight& w, BlockRange blocks, const PackedTokens& packed, int
     Prefill<PairSource<Sparse>, DenseProduct<Pairs>>::run(w, blocks, values, packed.scales, tokens, y);
 }
 
-constexpr int64_t kPrefillMinTokens = 5;
+constexpr int64_t kPrefillMinTokens = 7;
 
 // ---- rounding ----
 
@@ -473,8 +478,9 @@ void avx2_round(const float* x, int64_t tokens, int64_t bits, const RoundedToken
     for (int64_t group = 0; group < rounded.groups(); ++group) {
       const int64_t first = group * rounded.group, left = rounded.columns - first;
       const float* from = x + first;
-      float padded[kMaxGroup] = {};
+      float padded[kMaxGroup];
       if (left < rounded.group) {
+        __builtin_memset(padded, 0, sizeof padded);
         __builtin_memcpy(padded, from, static_cast<size_t>(left) * sizeof *from);
         from = padded;
       }
