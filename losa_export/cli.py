@@ -24,7 +24,10 @@ _Command = Callable[[argparse.Namespace], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `losa VERB …`. Returns: the exit code."""
-    return _run(_parser().parse_args(argv))
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:2] == ["bench", "kernels"]:
+        return _run(_kernels_parser().parse_args(words[2:]))
+    return _run(_parser().parse_args(words))
 
 
 def main_export(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "prune in rounds while tuning masked adapters: checkpoint → run/", _add_train),
         ("merge", "fold the adapters into the weights, with proof: run/ → merged/", _add_merge),
         ("export", "write one ONNX model: merged/ → onnx/", _add_export),
-        ("bench", "measure an exported model against a dense one", _add_bench),
+        ("bench", "measure an exported model against a dense one; 'losa bench kernels': single products", _add_bench),
+        ("doctor", "examine this CPU: which sparsity pays, with which values", _add_doctor),
         ("generate", "continue a text with an exported model", _add_generate),
     ):
         add(verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + "."))
@@ -296,7 +300,29 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         help="compressed zeros, or ordinary matrices (default: sparse for a sparse checkpoint)",
     )
     parser.add_argument(
-        "--values", choices=("fp32",), default="fp32", help="type of the non-zeros (default: %(default)s)"
+        "--values",
+        choices=("fp32", "bf16", "int8", "int4"),
+        default="fp32",
+        help="type of the non-zeros; fp32 is exact (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--head",
+        choices=("auto", "fp32", "bf16", "int8", "int4"),
+        default="auto",
+        help="type of head and embedding (default: that of the values, but int8 for int4)",
+    )
+    parser.add_argument(
+        "--group",
+        type=int,
+        choices=(32, 64, 128),
+        default=128,
+        help="columns that share a scale, for int8 and int4 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--activations",
+        choices=("int16", "int8"),
+        default="int16",
+        help="what activations are rounded to before int8 and int4 weights (default: %(default)s)",
     )
     parser.add_argument(
         "--no-gate", dest="gate", action="store_false", help="do not compare the answers with the source's"
@@ -316,6 +342,9 @@ def _export(arguments: argparse.Namespace) -> int:
             profile=arguments.profile,
             weights=arguments.weights,
             values=arguments.values,
+            head=arguments.head,
+            group=arguments.group,
+            activations=arguments.activations,
             gate=arguments.gate,
             overwrite=arguments.overwrite,
         )
@@ -376,6 +405,96 @@ def _bench(arguments: argparse.Namespace) -> int:
     )
     report.write(arguments.json)
     print_bench(report.as_dict())
+    return 0
+
+
+def _kernels_parser() -> argparse.ArgumentParser:
+    """`losa bench kernels`: apart from `losa bench`, whose first argument is a folder."""
+    parser = argparse.ArgumentParser(
+        prog="losa bench kernels", description="Time single products against ONNX Runtime's and torch's, cold weights."
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        default=("llama2-7b",),
+        metavar="SHAPE",
+        help="smollm2, tinyllama, llama2-7b or ROWSxCOLUMNS (default: llama2-7b)",
+    )
+    parser.add_argument("--sparsity", type=_fraction, nargs="+", default=None, metavar="S", help="such as 50%% 70%%")
+    parser.add_argument("--tokens", type=int, nargs="+", default=None, metavar="M", help="rows of the activations")
+    parser.add_argument(
+        "--values",
+        nargs="+",
+        default=("fp32", "bf16", "int8", "int4"),
+        metavar="TYPE",
+        help="fp32, bf16, int8, int4; with -a8 for 8-bit activations, dense-… without a mask (default: the four)",
+    )
+    parser.add_argument(
+        "--rows", nargs="+", default=(), metavar="ROW", help="kernel rows, or 'all' (default: the one in use)"
+    )
+    parser.add_argument("--peers", nargs="*", default=None, metavar="NAME", help="default: all that are installed")
+    parser.add_argument("--seconds", type=float, default=None, metavar="S", help="timed part of a case")
+    parser.add_argument("--ring", type=int, default=None, metavar="MIB", help="what a weight's copies exceed together")
+    parser.add_argument("--quick", action="store_true", help="fewer cases, peers and copies")
+    parser.add_argument(
+        "--json", type=Path, default=Path("kernels.json"), metavar="FILE", help="raw samples (default: %(default)s)"
+    )
+    _add_threads(parser)
+    parser.set_defaults(command=_bench_kernels)
+    return parser
+
+
+def _bench_kernels(arguments: argparse.Namespace) -> int:
+    from losa_export.eval.kernel_bench import KernelBenchConfig, bench_kernels
+    from losa_export.eval.kernel_bench_report import print_kernel_bench
+    from losa_export.files import check_output_file
+
+    check_output_file(arguments.json)
+    report = bench_kernels(
+        KernelBenchConfig(
+            shapes=tuple(arguments.shapes),
+            sparsities=None if arguments.sparsity is None else tuple(arguments.sparsity),
+            tokens=None if arguments.tokens is None else tuple(arguments.tokens),
+            values=tuple(arguments.values),
+            rows=tuple(arguments.rows),
+            peers=None if arguments.peers is None else tuple(arguments.peers),
+            threads=arguments.threads,
+            seconds=arguments.seconds,
+            ring_mebibytes=arguments.ring,
+            quick=arguments.quick,
+        )
+    )
+    report.write(arguments.json)
+    print_kernel_bench(report.as_dict())
+    return 0
+
+
+# ---- doctor -------------------------------------------------------------------------------------------------------
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures too")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, metavar="S", help="to take for everything (default: %(default)s)"
+    )
+    parser.add_argument("--shape", default="2048x2048", metavar="NxK", help="of the weight (default: %(default)s)")
+    _add_threads(parser)
+    parser.set_defaults(command=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from losa_export.eval.doctor import DoctorConfig, run_doctor
+    from losa_export.eval.doctor_report import print_doctor
+    from losa_export.files import check_output_file
+
+    if arguments.json is not None:
+        check_output_file(arguments.json)
+    report = run_doctor(DoctorConfig(threads=arguments.threads, seconds=arguments.seconds, shape=arguments.shape))
+    if arguments.json is not None:
+        report.write(arguments.json)
+    print_doctor(report.as_dict())
+    if report.missing is not None:
+        raise report.missing
     return 0
 
 
