@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from io import StringIO
 from types import SimpleNamespace
@@ -329,3 +331,10 @@ def test_a_ring_that_the_cache_may_hold_is_said_so():
     products = [product("int8", sparsity, 100.0, 1.5) for sparsity in (0.5, 0.9)]
     [warning] = doctor._warnings(DoctorConfig(sparsities=(0.5, 0.9)), products, quiet, 1 << 20)
     assert warning.startswith("the copies of losa-int8@avx2 take less than twice the last cache")
+
+
+def test_the_doctor_needs_none_of_the_packages_of_the_export_extra_to_start():
+    blocked = "for name in ('onnx', 'onnx_ir', 'ml_dtypes', 'safetensors', 'torch'): sys.modules[name] = None"
+    program = f"import sys\n{blocked}\nimport losa_export.eval.doctor\nprint('started')"
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("started\n", "")
