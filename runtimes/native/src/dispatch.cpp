@@ -12,6 +12,11 @@ const KernelRow* const kRows[] = {
     &kAvx512Row,
     &kAvx2Row,
 #endif
+#ifdef LOSA_ARM
+    &kNeonI8mmRow,
+    &kNeonDotprodRow,
+    &kNeonRow,
+#endif
     &kScalarRow,
 };
 constexpr size_t kCount = sizeof kRows / sizeof *kRows;

@@ -58,6 +58,11 @@ extern const KernelRow kScalarRow;
 extern const KernelRow kAvx2Row;
 extern const KernelRow kAvx512Row;
 #endif
+#ifdef LOSA_ARM
+extern const KernelRow kNeonRow;
+extern const KernelRow kNeonDotprodRow;
+extern const KernelRow kNeonI8mmRow;
+#endif
 
 struct KernelTable {
   const KernelRow* rows;  // best first; the last one is scalar, which always runs
