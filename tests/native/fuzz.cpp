@@ -55,7 +55,7 @@ void change_part(Example* e, Random& random, std::string* what) {
   *what += std::string(" ") + kPartNames[part];
   switch (random.below(9)) {
     case 0: *what += " truncated"; bytes.resize(static_cast<size_t>(random.below(size + 1))); break;
-    case 1: *what += " shortened"; bytes.resize(static_cast<size_t>(size - random.below(size < 9 ? size + 1 : 9))); break;
+    case 1: *what += " shortened"; bytes.resize(static_cast<size_t>(size - random.below(size < 80 ? size + 1 : 80))); break;
     case 2: *what += " extended"; bytes.resize(static_cast<size_t>(size + random.between(1, 80)), 0xff); break;
     case 3: *what += " null"; e->absent[part] = true; break;
     case 4: *what += " emptied"; bytes.clear(); break;
@@ -221,6 +221,41 @@ bool run_case(const Rows& rows, const std::string& name, Random& random) {
 }
 
 }  // namespace
+
+void check_sizes() {
+  Random random(3);
+  int refused = 0;
+  for (int type = 0; type < losa::kValueTypes; ++type) {
+    for (Kind kind : {Kind::kSparse, Kind::kGated, Kind::kDense}) {
+      if (kind == Kind::kDense && static_cast<ValueType>(type) == ValueType::kFp32) continue;
+      const Example sound = make_example(static_cast<ValueType>(type), kind, 18, 35, 0.4, 32, 16, random);
+      for (int part = 0; part < kPartCount; ++part) {
+        const size_t size = sound.bytes[part].size();
+        Example e = sound;
+        const auto accepted = [&] {
+          const Stored stored(e);
+          losa::Weight w{};
+          std::string error;
+          return losa::validate(stored.parts(), &w, &error);
+        };
+        for (size_t left = 0; left < size; ++left, ++refused) {
+          e.bytes[part].resize(left);
+          if (accepted()) return fail(describe(e) + ": accepted with " + std::to_string(left) + " bytes of " + kPartNames[part]);
+        }
+        if (size == 0) continue;
+        e.bytes[part] = sound.bytes[part];
+        e.absent[part] = true;
+        if (accepted()) return fail(describe(e) + ": accepted with null for " + kPartNames[part]);
+        e.absent[part] = false;
+        if (!accepted()) return fail(describe(e) + ": refused with all its bytes");
+        e.bytes[part].resize(size + 1);
+        // Values may be followed by anything.
+        if (accepted() != (part == kValues)) return fail(describe(e) + ": one byte more of " + kPartNames[part]);
+      }
+    }
+  }
+  std::printf("sizes: %d truncations refused\n", refused);
+}
 
 void fuzz(const Rows& rows, uint64_t seed, int64_t first, int64_t count) {
   report_deaths();

@@ -32,6 +32,9 @@ void check_products(const Rows& rows, bool quick, int64_t part, int64_t parts);
 void check_rounding(const Rows& rows);
 void check_gathering();
 
+/// Each part of each kind of weight, cut to every length.
+void check_sizes();
+
 /// Cases [first, first + count) of broken weights: refused with a reason, or run by every row with the result
 /// that the weight's own numbers give. A case depends on `seed` and its number alone.
 void fuzz(const Rows& rows, uint64_t seed, int64_t first, int64_t count);
