@@ -439,3 +439,22 @@ def test_a_dense_weight_of_another_size_is_refused(containers: Any, value_type: 
             native.validate(dataclasses.replace(weight, **change))
     with pytest.raises(FormatError, match=r"(values|scales) has \d+ bytes, "):
         native.validate(dataclasses.replace(weight, rows=33))
+
+
+@pytest.mark.parametrize("value_type", ["bf16", "int8", "int4"])
+def test_a_dense_weight_ends_at_its_last_row_and_column(containers: Any, value_type: str) -> None:
+    """Of 20 rows and 69 columns, a step has 2 or 4 columns; column 68 is the first of the last step."""
+    weight = containers.example(value_type, 20, 69, kind="dense").weight
+    width = 2 if value_type == "bf16" else 4
+    steps = -(-69 // width)
+    for row, column in ((0, 69), (15, 69), (20, 0), (31, 68)):
+        step, within = divmod(column, width)
+        position = (row // 16 * steps + step) * 16 * width + row % 16 * width + within
+        values = weight.values.copy()
+        if value_type == "int4":
+            values[position // 2] |= 1 << position % 2 * 4
+        else:
+            values[position] = 1
+        message = f"values has a number beyond N = 20 and K = 69 at row {row}, column {column}"
+        with pytest.raises(FormatError, match=message):
+            native.validate(dataclasses.replace(weight, values=values))

@@ -23,7 +23,7 @@ class Validator {
   Validator(const WeightParts& parts, Weight* weight, std::string* error) : parts_(parts), w_(*weight), error_(error) {}
 
   bool run() {
-    return header() && sizes() && (w_.dense() ? dense_values() : sparse_values() && edges()) && scales();
+    return header() && sizes() && (w_.dense() ? dense_values() && dense_edges() : sparse_values() && edges()) && scales();
   }
 
  private:
@@ -96,6 +96,38 @@ class Validator {
   }
 
   bool dense_values() { return enough_values(w_.blocks() * w_.steps() * w_.dense_step_elements()); }
+
+  /// Every position of a dense weight beyond the last row or column is zero: of floats, a kernel may multiply
+  /// it by the zeros behind the activations, of which infinity or NaN would make a NaN.
+  bool dense_edges() {
+    const int64_t width = step_columns(w_.type), per_step = kBlockRows * width;
+    const int64_t columns_in_last = w_.columns - (w_.steps() - 1) * width;
+    for (int64_t block = 0; block < w_.blocks(); ++block) {
+      const int64_t left = w_.rows - block * kBlockRows, rows = left < kBlockRows ? left : kBlockRows;
+      if (rows == kBlockRows && columns_in_last == width) continue;
+      const uint8_t* values = w_.block_values(block);
+      for (int64_t step = rows < kBlockRows ? 0 : w_.steps() - 1; step < w_.steps(); ++step) {
+        const int64_t columns = step < w_.steps() - 1 ? width : columns_in_last;
+        for (int64_t position = 0; position < per_step; ++position) {
+          if ((position / width >= rows || position % width >= columns) && !zero(values, step * per_step + position))
+            return fail(error_, "values has a number beyond N = " + number(w_.rows) + " and K = " + number(w_.columns) +
+                                    " at row " + number(block * kBlockRows + position / width) + ", column " +
+                                    number(step * width + position % width));
+        }
+      }
+    }
+    return true;
+  }
+
+  /// Whether value `index` is stored as zero, either zero of floats.
+  bool zero(const uint8_t* values, int64_t index) const {
+    switch (w_.type) {
+      case ValueType::kFp32: return load_at<float>(values, index) == 0;
+      case ValueType::kBf16: return from_bf16(load_at<uint16_t>(values, index)) == 0;
+      case ValueType::kInt8: return values[index] == 0;
+      default: return (values[index / 2] >> (index % 2 * 4) & 15) == 0;
+    }
+  }
 
   /// Elements of `values` that a block's masks keep.
   int64_t kept_in(int64_t block) const {
