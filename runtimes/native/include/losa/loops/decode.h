@@ -4,22 +4,26 @@
 // there are no horizontal sums. V also gives kDecodeSums, how many partial sums two or more tokens need to
 // keep enough multiply-adds in flight; one token has four.
 
-template <class V>
+template <class V, class From = Fp32<V>>
 struct Decode {
   using Vector = typename V::Vector;
-  using From = Expand<V>;
-  static constexpr int kParts = From::kParts;
+  using Packed = typename From::Packed;
+  static constexpr int kParts = losa::kBlockRows / V::kLanes;  // vectors that cover a block's rows
   static constexpr int64_t kMaxTokens = 6;  // their sums and a column fit in 16 registers of 8 lanes
   // Values are one long stream; the processor's own prefetching stops at each page. Memory takes about
   // 130 ns to answer, in which a core comes 2 KiB of values further; half the distance is 5 % slower.
   static constexpr int64_t kPrefetchBytes = 2048;
 
+  template <class Word>
+  LOSA_INLINE static void expand(const Word& word, int i, Packed (&packed)[kParts]) {
+    for (int part = 0; part < kParts; ++part) packed[part] = From::packed(word, i, part);
+  }
+
   template <int Tokens, int Sums>
-  LOSA_INLINE static void add_column(const uint8_t* masks, const typename From::Mask& kept, const float* values,
-                                     int column, const float* x, int64_t stride, int sum,
-                                     Vector (&sums)[Tokens][Sums][kParts]) {
+  LOSA_INLINE static void add_column(const Packed (&packed)[kParts], int column, const float* x, int64_t stride,
+                                     int sum, Vector (&sums)[Tokens][Sums][kParts]) {
     Vector weights[kParts];
-    for (int part = 0; part < kParts; ++part) weights[part] = From::part(masks, kept, values, column, part);
+    for (int part = 0; part < kParts; ++part) weights[part] = From::column(packed[part], column % From::kTogether);
 #pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) {
       const auto activation = V::broadcast(x + t * stride + column);
@@ -32,27 +36,32 @@ struct Decode {
   template <int Tokens, int Sums>
   static void block(const losa::Weight& w, int64_t index, const float* x, float* y) {
     const int64_t columns = w.columns;
-    const uint8_t* masks = w.block_masks(index);
-    const float* values = reinterpret_cast<const float*>(w.block_values(index));
+    typename From::Words words;
+    words.start(w, index);
     Vector sums[Tokens][Sums][kParts];
     for (int t = 0; t < Tokens; ++t)
       for (int s = 0; s < Sums; ++s)
         for (int part = 0; part < kParts; ++part) sums[t][s][part] = V::zero();
 
+    Packed packed[kParts];
     int64_t k = 0;
-    for (; k + From::kStep <= columns; k += From::kStep, masks += 2 * From::kStep, x += From::kStep) {
-      __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes);
-      __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes + 64);
-      const typename From::Mask kept(masks);
+    for (; k + kWordColumns <= columns; k += kWordColumns, x += kWordColumns) {
+      __builtin_prefetch(static_cast<const char*>(words.values()) + kPrefetchBytes);
+      __builtin_prefetch(static_cast<const char*>(words.values()) + kPrefetchBytes + 64);
+      const auto word = words.next();
 #pragma GCC unroll 4
-      for (int column = 0; column < From::kStep; ++column)
-        add_column(masks, kept, values, column, x, columns, column % Sums, sums);
-      values += kept.count();
+      for (int column = 0; column < kWordColumns; ++column) {
+        if (column % From::kTogether == 0) expand(word, column / From::kTogether, packed);
+        add_column(packed, column, x, columns, column % Sums, sums);
+      }
     }
     if (k < columns) {
-      const typename From::LastStep last(masks, columns - k);
-      for (int column = 0; column < columns - k; ++column)
-        add_column(last.masks, typename From::Mask(last.masks), values, column, x, columns, 0, sums);
+      uint8_t padded[8];
+      const auto word = words.last(columns - k, padded);
+      for (int column = 0; column < columns - k; ++column) {
+        expand(word, column / From::kTogether, packed);
+        add_column(packed, column, x, columns, 0, sums);
+      }
     }
 
     float rows[losa::kBlockRows];

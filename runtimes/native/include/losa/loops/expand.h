@@ -8,8 +8,17 @@
 //   multiply_add(a, b, c)     a * b + c, rounded once
 //   add(a, b)
 //   expand(values, bits)      lane i = bits >> i & 1 ? the next of `values` : 0
-// decode.h and prefill.h say what else they need. They are included inside an anonymous namespace, for the
+// decode.h, prefill.h and bf16.h say what else they need. They are included inside an anonymous namespace, for the
 // reason given at LOSA_INLINE; that is also why nothing here calls the standard library.
+//
+// What is stored is described by a class such as Fp32 below, of which the loops want
+//   Words                     walks a block: start(w, block), then next() for each four columns, and last(n, padded)
+//                             for the last n where fewer are left
+//   Packed, kTogether         what one expansion gives: kTogether columns of kLanes rows
+//   packed(word, i, part)     rows kLanes * part and on of the i-th kTogether columns of a word
+//   column(packed, i)         the i-th of these columns, a Vector
+
+constexpr int kWordColumns = 4;  // of fp32 or bf16: their masks are 64 bits
 
 /// Masks of four columns, 64 bits: how many values lie before a bit. A processor without an instruction that counts
 /// bits gives its own class, by specialising MaskOf.
@@ -25,31 +34,66 @@ struct MaskOf {
   using Type = PopcountMask;
 };
 
-template <class V>
-struct Expand {
-  using Vector = typename V::Vector;
-  using Mask = typename MaskOf<V>::Type;
-  static constexpr int kParts = losa::kBlockRows / V::kLanes;  // vectors that cover a block's rows
-  static constexpr int kStep = 4;                              // columns whose masks are one 64-bit word
+/// Four columns: their masks, and their values.
+template <class V, class Value>
+struct Word {
+  const uint8_t* masks;
+  const Value* values;
+  typename MaskOf<V>::Type kept;
 
-  /// Part `part` of the weights of column `column` of a step. `kept` is Mask(masks), and `values` are those
-  /// of the step's first column: counting the bits before this part anew, rather than moving a pointer
-  /// along, keeps the parts independent of each other.
-  LOSA_INLINE static Vector part(const uint8_t* masks, const Mask& kept, const float* values, int column,
-                                 int part) {
-    const int first_bit = static_cast<int>(losa::kBlockRows) * column + V::kLanes * part;
-    unsigned bits = masks[first_bit / 8];
-    if (V::kLanes == 16) bits |= static_cast<unsigned>(masks[first_bit / 8 + 1]) << 8;
-    return V::expand(values + kept.before(first_bit), bits);
+  LOSA_INLINE Word(const uint8_t* masks_of_four, const Value* first_value)
+      : masks(masks_of_four), values(first_value), kept(masks_of_four) {}
+};
+
+/// The words of one block of a sparse weight whose steps have `StepColumns` columns.
+template <class V, class Value, int StepColumns>
+class SparseWords {
+ public:
+  /// Of masks, for so many columns.
+  static constexpr int64_t mask_bytes(int64_t columns) {
+    return (columns + StepColumns - 1) / StepColumns * (2 * StepColumns);
+  }
+  LOSA_INLINE void start(const losa::Weight& w, int64_t block) {
+    masks_ = w.block_masks(block);
+    values_ = reinterpret_cast<const Value*>(w.block_values(block));
+  }
+  LOSA_INLINE const uint8_t* masks() const { return masks_; }
+  LOSA_INLINE const void* values() const { return values_; }
+  LOSA_INLINE Word<V, Value> next() {
+    const Word<V, Value> word(masks_, values_);
+    masks_ += mask_bytes(kWordColumns);
+    values_ += word.kept.count();
+    return word;
+  }
+  /// `padded` takes its masks.
+  LOSA_INLINE Word<V, Value> last(int64_t columns, uint8_t (&padded)[8]) const {
+    __builtin_memset(padded, 0, sizeof padded);
+    for (int64_t i = 0; i < mask_bytes(columns); ++i) padded[i] = masks_[i];
+    return Word<V, Value>(padded, values_);
   }
 
-  /// The masks of the last columns where fewer than kStep are left; the rest are absent.
-  struct LastStep {
-    uint8_t masks[2 * kStep];
-    LOSA_INLINE LastStep(const uint8_t* from, int64_t columns) : masks() {
-      for (int64_t i = 0; i < 2 * columns; ++i) masks[i] = from[i];
-    }
-  };
+ private:
+  const uint8_t* masks_;
+  const Value* values_;
+};
+
+/// Kept float32 values.
+template <class V>
+struct Fp32 {
+  using Words = SparseWords<V, float, 1>;
+  using Packed = typename V::Vector;
+  static constexpr int kTogether = 1;
+
+  /// Counting the values before this part anew, rather than moving a pointer along, keeps the parts independent of
+  /// each other.
+  LOSA_INLINE static Packed packed(const Word<V, float>& word, int column, int part) {
+    const int first_bit = static_cast<int>(losa::kBlockRows) * column + V::kLanes * part;
+    unsigned bits = word.masks[first_bit / 8];
+    if (V::kLanes == 16) bits |= static_cast<unsigned>(word.masks[first_bit / 8 + 1]) << 8;
+    return V::expand(word.values + word.kept.before(first_bit), bits);
+  }
+  LOSA_INLINE static typename V::Vector column(const Packed& packed, int) { return packed; }
+  static void row_masks(const uint8_t* masks, uint64_t (&rows)[losa::kBlockRows]) { V::row_masks(masks, rows); }
 };
 
 /// A block's results for one token; the last block may have fewer rows.

@@ -138,48 +138,54 @@ struct SkipProduct {
   }
 };
 
-/// Walks a block whose values are expanded to floats. V also gives row_masks(masks, rows), which turns 16 bits
-/// a column for 64 columns into 64 bits a row for 16 rows.
-template <class V>
-class Fp32Source {
+/// Walks a block whose values are of a type of expand.h. For RowMasks that also gives row_masks(masks, rows), which
+/// turns the masks of 64 columns into 64 bits a row for 16 rows.
+template <class V, class From>
+class FloatSource {
  public:
   using Element = float;
   static int64_t elements(const losa::Weight& w) { return w.columns; }
   static int64_t tile_elements(const losa::Weight&) { return kTileColumns; }
 
-  void start(const losa::Weight& w, int64_t block) {
-    masks_ = w.block_masks(block);
-    values_ = reinterpret_cast<const float*>(w.block_values(block));
-  }
+  void start(const losa::Weight& w, int64_t block) { words_.start(w, block); }
 
   /// The next `columns` columns; only the last tile has fewer than kTileColumns.
   template <bool RowMasks>
   void expand(int64_t columns, WeightTile<float>* tile) {
-    float* to = tile->weights;
-    const auto expand_step = [&](const uint8_t* step) {
-      const typename From::Mask kept(step);
-#pragma GCC unroll 4
-      for (int column = 0; column < From::kStep; ++column)
-        for (int part = 0; part < From::kParts; ++part, to += V::kLanes)
-          V::store(to, From::part(step, kept, values_, column, part));
-      values_ += kept.count();
-    };
-    int64_t k = 0;
-    for (; k + From::kStep <= columns; k += From::kStep) expand_step(masks_ + 2 * k);
-    if (k < columns) expand_step(typename From::LastStep(masks_ + 2 * k, columns - k).masks);
     if constexpr (RowMasks) {
       uint8_t padded[2 * kTileColumns] = {};
-      __builtin_memcpy(padded, masks_, static_cast<size_t>(2 * columns));
-      V::row_masks(padded, tile->kept);
+      __builtin_memcpy(padded, words_.masks(), static_cast<size_t>(From::Words::mask_bytes(columns)));
+      From::row_masks(padded, tile->kept);
     }
-    masks_ += 2 * columns;
+    float* to = tile->weights;
+    for (; columns >= kWordColumns; columns -= kWordColumns, to += kWordColumns * losa::kBlockRows)
+      store(words_.next(), to);
+    if (columns > 0) {
+      uint8_t padded[8];
+      store(words_.last(columns, padded), to);
+    }
   }
 
  private:
-  using From = Expand<V>;
-  const uint8_t* masks_;
-  const float* values_;
+  template <class Word>
+  LOSA_INLINE static void store(const Word& word, float* to) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kWordColumns / From::kTogether; ++i) {
+#pragma GCC unroll 4
+      for (int part = 0; part < losa::kBlockRows / V::kLanes; ++part) {
+        const typename From::Packed packed = From::packed(word, i, part);
+        for (int column = 0; column < From::kTogether; ++column)
+          V::store(to + (i * From::kTogether + column) * losa::kBlockRows + part * V::kLanes,
+                   From::column(packed, column));
+      }
+    }
+  }
+
+  typename From::Words words_;
 };
+
+template <class V>
+using Fp32Source = FloatSource<V, Fp32<V>>;
 
 /// `packed_scales`, of integers only: for each tile of tokens and each tile of weights, one float a token.
 template <class Source, class Product>
