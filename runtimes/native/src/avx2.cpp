@@ -151,7 +151,11 @@ struct Avx2 {
   }
 };
 
-bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+/// All that CMakeLists.txt compiles these files with. It runs before that is known, so without them itself.
+__attribute__((target("no-avx,no-bmi,no-bmi2"))) bool supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+}
 
 // GFLOP/s (dense-equivalent) of one 3.2 GHz Zen 3 core, 576 x 576, by tokens and density of the weight; the
 // core's peak is 103, and a dense matrix product of ONNX Runtime 1.32 reaches 86 to 91 at 128 tokens:
