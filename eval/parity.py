@@ -305,6 +305,23 @@ def gate(reference: ReferenceAnswers, runtime: Runtime, thresholds: GateThreshol
     )
 
 
+def deviation(reference: ReferenceAnswers, runtime: Runtime) -> ParityFigures:
+    """How far a runtime's answers are from the reference's, without judging.
+
+    For a runtime whose weights were rounded, `gate` against the unrounded model means nothing; this says what the
+    rounding costs. Each prompt is read together with the greedy tokens whose logits the reference holds.
+
+    Raises:
+        GateError: logits of a wrong shape, NaN or infinite.
+    """
+    steps = reference.decode_logits.shape[1]
+    answers = []
+    for prompt, continuation in zip(reference.prompts, reference.greedy, strict=True):
+        text = np.concatenate([prompt, continuation[:steps]])
+        answers.append(runtime.prefill(runtime.new_state(1, len(text)), 0, text))
+    return compare(np.concatenate([reference.logits, reference.decode_logits], axis=1), np.stack(answers))
+
+
 class _Checker:
     """Compares positions in the order they were computed, and raises at the first that diverges."""
 

@@ -119,16 +119,27 @@ class ExportReport:
         kind = f"sparse {self.types}, {self.sparsity_fraction:.1%} zeros" if self.weights == "sparse" else "dense"
         size = f"{self.model_bytes / 1e6:.1f} MB ({self.model_bytes / self.dense_bytes:.2f}x of dense fp32)"
         lines = [f"{self.output}: {kind}, profile {self.profile}, {size}"]
-        if self.gate is None:
-            lines.append("gate: not run")
-        else:
-            greedy = self.gate["greedy"]
-            worst = max(self.gate[part]["max_relative_error"] for part in ("prefill", "decode", "batch3"))
-            lines.append(
-                f"gate: passed on '{self.gate['runtime']}': relative error {worst:.1e}, "
-                f"{greedy['equal']} of {greedy['tokens']} greedy tokens equal"
-            )
-        return "\n".join(lines)
+        return "\n".join([*lines, *_gate_lines(self.gate)])
+
+
+def _gate_lines(gate: Mapping[str, Any] | None) -> list[str]:
+    if gate is None:
+        return ["gate: not run"]
+    lines = []
+    if gate["against"] is not None:
+        greedy = gate["greedy"]
+        worst = max(gate[part]["max_relative_error"] for part in ("prefill", "decode", "batch3"))
+        lines.append(
+            f"gate: passed on '{gate['runtime']}' against {gate['against']}: relative error {worst:.1e}, "
+            f"{greedy['equal']} of {greedy['tokens']} greedy tokens equal"
+        )
+    if "deviation" in gate:
+        found = gate["deviation"]
+        lines.append(
+            f"rounding: KL {found['kl_mean']:.1e} nats a token from the checkpoint, the same arg-max at "
+            f"{found['argmax_agreement']:.1%} of {found['positions']} positions"
+        )
+    return lines
 
 
 def export_onnx(config: ExportConfig) -> ExportReport:

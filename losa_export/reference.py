@@ -4,6 +4,10 @@ A reference holds three short prompts, the logits of all their positions, 32 gre
 logits of the first few of those steps. `merged/reference.safetensors` carries it to machines without torch;
 ``python -m losa_export.reference MODEL OUT`` computes it in a process of its own, so that the exporter's memory
 holds no model.
+
+An export that rounds weights has a second reference: the same model with the weights that stand in the exported
+file. Held against it, a runtime must be as exact as one without rounding; what the rounding itself does to the
+answers is the difference between the two references.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_export.checkpoint import open_checkpoint
-from losa_export.errors import CheckpointError, LosaError, MissingDependencyError, RuntimeFailureError
+from losa_export.errors import CheckpointError, FormatError, LosaError, MissingDependencyError, RuntimeFailureError
 from losa_export.files import write_bytes_atomic
 from losa_export.text import load_tokenizer
 
@@ -87,7 +91,11 @@ def default_prompts(folder: Path, vocab_size: int) -> tuple[NDArray[np.int64], .
 
 
 def compute_reference(
-    model_dir: Path, *, prompts: Sequence[NDArray[np.int64]] | None = None, greedy_tokens: int = GREEDY_TOKENS
+    model_dir: Path,
+    *,
+    prompts: Sequence[NDArray[np.int64]] | None = None,
+    greedy_tokens: int = GREEDY_TOKENS,
+    exported: Path | None = None,
 ) -> Reference:
     """Run a checkpoint by plain transformers, float32, eager attention.
 
@@ -95,8 +103,10 @@ def compute_reference(
         model_dir: a checkpoint folder.
         prompts: arrays (S,) of equal length; None takes `default_prompts`.
         greedy_tokens: G ≥ 1, how many tokens to continue each prompt by.
+        exported: a folder exported from this checkpoint, whose rounded weights take the place of the checkpoint's.
     Raises:
         MissingDependencyError: torch or transformers is not installed.
+        FormatError: the exported folder is damaged, or of another model.
         CheckpointError: the folder cannot be opened, the prompts are not of equal length, or the model has
             fewer positions than prompt and continuation need.
     """
@@ -117,6 +127,8 @@ def compute_reference(
             needed=needed,
         )
     model = load_model(model_dir)
+    if exported is not None:
+        _take_weights(model, exported)
     import torch
 
     with torch.inference_mode():
@@ -162,6 +174,25 @@ def load_model(folder: Path, dtype: str = "float32") -> Any:
         folder, dtype=getattr(torch, dtype), attn_implementation="eager", local_files_only=True
     )
     return model.eval()
+
+
+def _take_weights(model: Any, exported: Path) -> None:
+    """Replace each weight that an exported folder stores in an operator of ours by what is stored there."""
+    import torch
+
+    from losa_export.graph.external import check_external_data
+    from losa_export.graph.stored import read_weights
+
+    with torch.no_grad():
+        for name, weight in read_weights(check_external_data(exported)):
+            parameter = model.get_parameter(name)
+            if tuple(parameter.shape) != weight.shape:
+                raise FormatError(
+                    f"'{exported}' stores '{name}' as {weight.shape}, the checkpoint's is {tuple(parameter.shape)}; "
+                    "the folder was made from another checkpoint: export again",
+                    tensor=name,
+                )
+            parameter.copy_(torch.from_numpy(weight))
 
 
 def _top(logits: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -246,17 +277,21 @@ def _unusable(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"the reference '{path}' {what}; make it again with 'losa merge'", path=path)
 
 
-def compute_reference_apart(model_dir: Path, path: Path, *, timeout_s: float = 1800.0) -> Reference:
+def compute_reference_apart(
+    model_dir: Path, path: Path, *, exported: Path | None = None, timeout_s: float = 1800.0
+) -> Reference:
     """Compute a reference in a child process and save it, so that this process's memory stays small.
 
     Args:
         model_dir: a checkpoint folder.
         path: the file to write.
+        exported: see `compute_reference`.
         timeout_s: seconds until the child is stopped.
     Raises:
         RuntimeFailureError: the child failed; its own message is quoted.
     """
     command = [sys.executable, "-P", "-m", "losa_export.reference", str(model_dir), str(path)]
+    command += [] if exported is None else [str(exported)]
     try:
         child = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired as error:
@@ -274,11 +309,12 @@ def compute_reference_apart(model_dir: Path, path: Path, *, timeout_s: float = 1
 
 
 def _main(arguments: Sequence[str]) -> int:
-    if len(arguments) != 2:
-        sys.stderr.write("usage: python -m losa_export.reference MODEL OUT\n")
+    if len(arguments) not in (2, 3):
+        sys.stderr.write("usage: python -m losa_export.reference MODEL OUT [EXPORTED]\n")
         return 2
+    model, out, *exported = map(Path, arguments)
     try:
-        save_reference(Path(arguments[1]), compute_reference(Path(arguments[0])))
+        save_reference(out, compute_reference(model, exported=exported[0] if exported else None))
     except LosaError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from losa_export.checkpoint import open_checkpoint
 from losa_export.errors import (
     CheckpointError,
     ConfigError,
+    FormatError,
     GateError,
     InputError,
     KernelError,
@@ -34,9 +36,11 @@ from losa_export.export import ExportConfig, export_onnx
 from losa_export.export_gate import StoredTypes
 from losa_export.files import sha256_of
 from losa_export.graph.external import ExternalDataWriter, check_external_data
-from losa_export.graph.formats import FORMATS, EncodedWeight
+from losa_export.graph.formats import FORMATS, EncodedWeight, int8
 from losa_export.graph.stacking import parse, parts_of
+from losa_export.graph.stored import read_weights
 from losa_export.masks import digest, save_masks
+from losa_export.quantise import Int8Weight
 from losa_export.reference import Reference, compute_reference, save_reference
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -296,6 +300,167 @@ def write_deep_checkpoint(folder: Path, blocks: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+# ---- value types ----------------------------------------------------------------------------------------------------
+
+ROUNDING = ["bf16", "int8", "int4"]
+HEAD_OF = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8"}
+
+
+def stored_weights(folder: Path) -> dict[str, np.ndarray]:
+    return dict(read_weights(check_external_data(folder)))
+
+
+def logits_of(folder: Path, name: Any = "ort-stock") -> np.ndarray:
+    """Of a prompt, and of two steps after it."""
+    from losa_export.runtimes.loader import load_runtime
+
+    runtime = load_runtime(name, folder, threads=1)
+    state = runtime.new_state(1, 64)
+    parts = [runtime.prefill(state, 0, np.array([5, 6, 7, 8, 9]))]
+    parts += [runtime.decode(state, np.array([token])) for token in (10, 11)]
+    runtime.close()
+    return np.concatenate(parts)
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def pruned(request: pytest.FixtureRequest, dense: Path, tmp_path: Path) -> Path:
+    """A checkpoint pruned to 70 %, its head tied to the embedding or not."""
+    folder = dense.rename(tmp_path / "pruned")
+    if not request.param:
+        untie(folder)
+    prune(folder)
+    return folder
+
+
+def untie(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][::-1] * np.float32(1.5)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    change_config(folder, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("profile", ["ort", "standard"])
+@pytest.mark.parametrize("values", ROUNDING)
+def test_a_stock_engine_answers_as_the_model_with_the_stored_weights(
+    values: str, profile: str, pruned: Path, tmp_path: Path
+) -> None:
+    report = export_onnx(quick(pruned, tmp_path / "onnx", values=values, profile=profile, group=32))
+    assert (report.types.values, report.types.head) == (values, HEAD_OF[values])
+    stored = stored_weights(tmp_path / "onnx")
+    source = load_file(pruned / "model.safetensors")
+    tables = {name for name in source if name in ("model.embed_tokens.weight", "lm_head.weight")}
+    assert set(stored) == tables | {name for name in source if "_proj" in name}
+    # the same weights in ordinary matrices
+    written = Path(shutil.copytree(pruned, tmp_path / "written"))
+    save_file(source | stored, written / "model.safetensors", metadata={"format": "pt"})
+    export_onnx(quick(written, tmp_path / "dense-onnx", weights="dense", profile=profile))
+    # float32 sums of at most 176 terms, in another order, through two blocks
+    expected = logits_of(tmp_path / "dense-onnx")
+    np.testing.assert_allclose(logits_of(tmp_path / "onnx"), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("values", ROUNDING)
+def test_rounded_weights_are_near_the_checkpoints_and_keep_its_patterns(
+    values: str, pruned: Path, tmp_path: Path
+) -> None:
+    export_onnx(quick(pruned, tmp_path / "onnx", values=values))
+    masks, source = load_masks_of(pruned), load_file(pruned / "model.safetensors")
+    for name, weight in stored_weights(tmp_path / "onnx").items():
+        error = np.linalg.norm(weight - source[name]) / np.linalg.norm(source[name])
+        # bf16: 2^-9 at most; int8: a step of 1/127 of the largest of a group; int4: a sixteenth of the range
+        assert 0 < error < {"bf16": 0.002, "int8": 0.01, "int4": 0.2 if name in masks else 0.01}[values]
+        if name in masks:
+            assert not weight[~masks[name]].any()
+    digests = {name: entry["mask_sha256"] for name, entry in manifest(tmp_path / "onnx")["tensors"].items()}
+    assert digests == {name: digest(keep) for name, keep in masks.items()}
+
+
+def test_a_tied_table_is_stored_once_and_an_untied_one_twice(pruned: Path, tmp_path: Path) -> None:
+    export_onnx(quick(pruned, tmp_path / "onnx", values="int8"))
+    opened = check_external_data(tmp_path / "onnx")
+    nodes = {node.op_type: node for node in opened.proto.graph.node}
+    embedding, head = nodes["EmbeddingInt8"], nodes["DenseMatMulInt8"]
+    tied = open_checkpoint(pruned).config["tie_word_embeddings"]
+    assert (embedding.input[1:] == head.input[1:]) is tied
+    assert head.output == ["logits"]
+    assert "lm_head.weight" not in opened.tensors
+    assert "model.embed_tokens.weight" not in opened.tensors
+
+
+@pytest.mark.parametrize("head", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("values", ["fp32", "int8"])
+def test_the_head_may_be_of_another_type_than_the_values(values: str, head: str, pruned: Path, tmp_path: Path) -> None:
+    report = export_onnx(quick(pruned, tmp_path / "onnx", values=values, head=head, group=64))
+    record = manifest(tmp_path / "onnx")
+    scaled = "int8" in (values, head) or head == "int4"
+    expected = (values, head, 64 if scaled else None, "int16" if scaled else None)
+    assert (record["values"], record["head"], record["group"], record["activations"]) == expected
+    assert report.types == StoredTypes(*expected)
+    operators = {node.op_type for node in check_external_data(tmp_path / "onnx").proto.graph.node}
+    assert ("DenseMatMul" + head.capitalize() in operators) is (head != "fp32")
+    expected_text = f"sparse {values}, head {head}" + (" (groups of 64, int16 activations)" if scaled else "")
+    assert expected_text in str(report)
+    tables = {name for name in stored_weights(tmp_path / "onnx") if "_proj" not in name}
+    tied = open_checkpoint(pruned).config["tie_word_embeddings"]
+    assert len(tables) == (0 if head == "fp32" else 1 if tied else 2)
+
+
+def test_activations_are_an_attribute_of_each_product(sparse: Path, tmp_path: Path) -> None:
+    export_onnx(quick(sparse, tmp_path / "onnx", values="int4", activations="int8"))
+    nodes = [node for node in check_external_data(tmp_path / "onnx").proto.graph.node if node.domain == "losa.sparse"]
+    bits = {node.op_type: [item.i for item in node.attribute if item.name == "activation_bits"] for node in nodes}
+    assert bits == {"SparseMatMulInt4": [8], "SparseSwiGLUInt4": [8], "DenseMatMulInt8": [8], "EmbeddingInt8": []}
+
+
+def test_dense_weights_are_fp32_whatever_the_values_would_have_been(sparse: Path, dense: Path, tmp_path: Path) -> None:
+    for name, changes in (("plain", {}), ("typed", {"values": "int4", "head": "int8", "group": 32})):
+        report = export_onnx(quick(sparse, tmp_path / name, weights="dense", **changes))
+        assert report.types == StoredTypes()
+    assert manifest(tmp_path / "plain") == manifest(tmp_path / "typed")
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_without_masks_the_head_is_rounded_only_beside_sparse_linears(
+    density: float, dense: Path, tmp_path: Path
+) -> None:
+    prune(dense, with_masks=False, density=density)
+    report = export_onnx(quick(dense, tmp_path / "onnx", values="int8"))
+    assert (report.weights, report.types.head) == (("sparse", "int8") if density < 1 else ("dense", None))
+    tables = {name for name in stored_weights(tmp_path / "onnx") if "_proj" not in name}
+    assert tables == ({"model.embed_tokens.weight"} if density < 1 else set())
+
+
+def test_biases_stay_as_they_are(dense: Path, tmp_path: Path) -> None:
+    tensors = load_file(dense / "model.safetensors")
+    for name, tensor in list(tensors.items()):
+        if "_proj" in name:
+            tensors[name.replace(".weight", ".bias")] = np.linspace(-1, 1, len(tensor), dtype=np.float32)
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    change_config(dense, attention_bias=True, mlp_bias=True)
+    prune(dense)
+    export_onnx(quick(dense, tmp_path / "onnx", values="int4"))
+    stored = check_external_data(tmp_path / "onnx")
+    assert np.array_equal(
+        stored.read("model.layers.0.mlp.down_proj.bias"), tensors["model.layers.0.mlp.down_proj.bias"]
+    )
+    operators = {node.op_type for node in stored.proto.graph.node}
+    assert "SparseSwiGLUInt4" not in operators  # gate and up have biases, so they cannot be one node
+    assert np.isfinite(logits_of(tmp_path / "onnx")).all()
+
+
+@pytest.mark.parametrize("name", [Q_PROJ, "model.embed_tokens.weight"])
+def test_a_weight_that_its_type_cannot_hold_is_named(
+    name: str, dense: Path, tmp_path: Path, refused: Callable[..., LosaError]
+) -> None:
+    prune(dense)
+    tensors = load_file(dense / "model.safetensors")
+    tensors[name].flat[np.flatnonzero(tensors[name])[0]] = np.inf
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    stored_as = re.escape(name.replace("q_proj", "q_proj+k_proj+v_proj"))
+    message = rf"tensor '{stored_as}' cannot be stored: the weight at row 0, column \d+ is inf"
+    refused(FormatError, message, quick(dense, tmp_path / "onnx", values="int8"))
+
+
 # ---- the gate -------------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +528,77 @@ def test_a_gate_without_any_reference_says_how_to_go_on(
     error = refused(MissingDependencyError, "torch is not installed and", quick(dense, tmp_path / "onnx", gate=True))
     assert "--no-gate" in str(error)
     assert "losa-export[train]" in str(error)
+
+
+def test_rounded_weights_are_held_against_the_checkpoint_that_has_them(sparse: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs the 'train' extra")
+    report = export_onnx(quick(sparse, tmp_path / "onnx", gate=True, values="int4", head="int4", group=32))
+    figures = manifest(tmp_path / "onnx")["gate"]
+    assert (figures["reference"], figures["against"]) == ("torch", "checkpoint with the stored weights")
+    worst = max(figures[part]["max_relative_error"] for part in ("prefill", "decode", "batch3"))
+    # float32 sums in another order; our kernels also round activations, to 1/65534 of the largest of a group
+    assert worst < (1e-4 if figures["runtime"] == "ort-stock" else 1e-3)
+    assert figures["greedy"]["equal"] + len(figures["greedy"]["tolerated"]) == 96
+    found = figures["deviation"]
+    assert found["positions"] == 3 * (16 + 4)
+    assert worst < found["max_relative_error"]
+    assert 0 < found["kl_mean"] <= found["kl_mean_limit"]
+    assert "against checkpoint with the stored weights" in str(report)
+    assert "rounding: KL" in str(report)
+
+
+@pytest.mark.parametrize("activations", ["int16", "int8"])
+@pytest.mark.usefixtures("without_torch")
+def test_without_torch_rounded_weights_are_held_against_the_stock_engine(
+    activations: str, sparse: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers", reason="needs the 'train' extra")
+    save_reference(sparse / "reference.safetensors", compute_reference(sparse))
+    report = export_onnx(quick(sparse, tmp_path / "onnx", gate=True, values="int8", activations=activations))
+    figures = manifest(tmp_path / "onnx")["gate"]
+    assert figures["reference"] == "stored"
+    assert 0 < figures["deviation"]["kl_mean"] <= 0.05
+    if figures["runtime"] == "ort":
+        assert figures["against"] == "ort-stock on the same file"
+        # errors of the activations, 1/65534 or 1/254 of the largest of a group, through two blocks
+        low, high = (0, 1e-3) if activations == "int16" else (1e-3, 0.5)
+        assert low < figures["prefill"]["max_relative_error"] < high
+        assert figures["thresholds"]["max_relative_error"] == (1e-2 if activations == "int16" else 2.0)
+    else:
+        assert figures["against"] is None
+    assert "rounding: KL" in str(report)
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_without_torch_and_kernels_only_the_deviation_is_known(
+    sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="needs the 'train' extra")
+    save_reference(sparse / "reference.safetensors", compute_reference(sparse))
+    monkeypatch.setattr(export_gate, "_has_native_library", lambda: False)
+    report = export_onnx(quick(sparse, tmp_path / "onnx", gate=True, values="bf16"))
+    figures = manifest(tmp_path / "onnx")["gate"]
+    assert (figures["runtime"], figures["against"]) == ("ort-stock", None)
+    assert "prefill" not in figures
+    assert "gate: passed" not in str(report)
+    assert "rounding: KL" in str(report)
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_broken_rounding_fails_the_gate(
+    sparse: Path, tmp_path: Path, refused: Callable[..., LosaError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="needs the 'train' extra")
+    save_reference(sparse / "reference.safetensors", compute_reference(sparse))
+    right = int8.quantise_int8
+
+    def scales_of_other_rows(weight: np.ndarray, keep: np.ndarray, group: int) -> Int8Weight:
+        found = right(weight, keep, group)
+        return replace(found, scales=np.roll(found.scales, 1, axis=0) * np.float16(8))
+
+    monkeypatch.setattr(int8, "quantise_int8", scales_of_other_rows)
+    message = r"the weights as stored \(int8, head int8 \(groups of 128, int16 activations\)\) give other answers"
+    refused(GateError, message, quick(sparse, tmp_path / "onnx", gate=True, values="int8"))
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

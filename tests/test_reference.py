@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from losa_export.checkpoint import open_checkpoint
-from losa_export.errors import CheckpointError, MissingDependencyError, RuntimeFailureError
+from losa_export.errors import CheckpointError, FormatError, MissingDependencyError, RuntimeFailureError
 from losa_export.reference import (
     PROMPT_TOKENS,
     Reference,
@@ -203,6 +203,59 @@ def test_a_child_process_gives_the_same_answers(reference: Reference, tiny_check
     assert np.abs(apart.logits - reference.logits).max() < 1e-5 * np.abs(reference.logits).max()
 
 
+@pytest.fixture(scope="module")
+def rounded(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pruned checkpoint, and a folder exported from it with int8 weights."""
+    from losa_export.export import ExportConfig, export_onnx
+
+    folder = tmp_path_factory.mktemp("rounded")
+    shutil.copytree(tiny_checkpoint, folder / "checkpoint")
+    tensors = load_file(tiny_checkpoint / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "_proj" in name:
+            tensor[np.abs(tensor) < np.quantile(np.abs(tensor), 0.6)] = 0
+    save_file(tensors, folder / "checkpoint" / "model.safetensors", metadata={"format": "pt"})
+    export_onnx(ExportConfig(folder / "checkpoint", folder / "onnx", values="int8", gate=False, progress=False))
+    return folder / "checkpoint", folder / "onnx"
+
+
+def test_rounded_weights_take_the_place_of_the_checkpoints(rounded: tuple[Path, Path], tmp_path: Path) -> None:
+    """The same answers as a checkpoint in which the rounded weights were written."""
+    from losa_export.graph.external import check_external_data
+    from losa_export.graph.stored import read_weights
+
+    checkpoint, exported = rounded
+    stored = dict(read_weights(check_external_data(exported)))
+    assert len(stored) == 2 * 7 + 1  # each linear of two blocks, and the tied table
+    source = load_file(checkpoint / "model.safetensors")
+    assert all(np.any(source[name] != weight) for name, weight in stored.items())
+    shutil.copytree(checkpoint, tmp_path / "written")
+    save_file(source | stored, tmp_path / "written" / "model.safetensors", metadata={"format": "pt"})
+    expected = compute_reference(tmp_path / "written")
+    found = compute_reference(checkpoint, exported=exported)
+    assert np.array_equal(found.logits, expected.logits)
+    assert np.array_equal(found.greedy, expected.greedy)
+    assert not np.array_equal(found.logits, compute_reference(checkpoint).logits)
+    apart = compute_reference_apart(checkpoint, tmp_path / "r.safetensors", exported=exported)
+    # the child may use another number of threads, hence another order of the float32 sums
+    assert np.abs(apart.logits - expected.logits).max() < 1e-5 * np.abs(expected.logits).max()
+
+
+def test_rounded_weights_of_another_checkpoint_are_refused(rounded: tuple[Path, Path], tmp_path: Path) -> None:
+    other = shutil.copytree(rounded[0], tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    for name in tensors:
+        if "gate_proj" in name or "up_proj" in name:
+            tensors[name] = tensors[name][:160].copy()
+        elif "down_proj" in name:
+            tensors[name] = tensors[name][:, :160].copy()
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((other / "config.json").read_text()) | {"intermediate_size": 160}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"gate_proj.weight' as \(176, 64\), the checkpoint's is \(160, 64\)"):
+        compute_reference(other, exported=rounded[1])
+
+
 def test_a_failing_child_is_quoted(tmp_path: Path) -> None:
     with pytest.raises(
         RuntimeFailureError, match=r"could not be computed by torch: checkpoint folder '.*' does not exist"
@@ -218,4 +271,4 @@ def test_a_child_that_takes_too_long_is_stopped(tiny_checkpoint: Path, tmp_path:
 
 def test_the_child_needs_two_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert _main(["only"]) == 2
-    assert "usage: python -m losa_export.reference MODEL OUT" in capsys.readouterr().err
+    assert "usage: python -m losa_export.reference MODEL OUT [EXPORTED]" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from losa_export.errors import ConfigError, GateError
-from losa_export.eval.parity import GateThresholds, compare, gate, log_softmax, position_errors
+from losa_export.eval.parity import GateThresholds, compare, deviation, gate, log_softmax, position_errors
 
 
 def test_relative_error_is_the_largest_difference_over_the_rows_root_mean_square():
@@ -245,3 +245,22 @@ def test_a_reference_without_decode_steps_is_refused(fake_runtime, reference_of)
     reference = reference_of(fake_runtime(), decode_steps=0)
     with pytest.raises(GateError, match=r"no prompts or no decode steps"):
         gate(reference, fake_runtime())
+
+
+def test_deviation_covers_prompts_and_decode_steps_and_judges_nothing(fake_runtime, reference_of):
+    reference = reference_of(fake_runtime())
+
+    def disturb(kind, row, state, logits):
+        return logits + np.arange(logits.shape[-1], dtype=np.float32)
+
+    assert deviation(reference, fake_runtime()).max_relative_error == 0.0
+    figures = deviation(reference, fake_runtime(disturb=disturb))
+    assert figures.positions == 15 + 12
+    assert figures.kl_mean > 0.1
+    assert figures.max_absolute_error == pytest.approx(10, rel=1e-6)  # float32 rounding of the sum
+
+
+def test_deviation_needs_finite_logits(fake_runtime, reference_of):
+    reference = reference_of(fake_runtime())
+    with pytest.raises(GateError, match="the runtime gives NaN logits"):
+        deviation(reference, fake_runtime(disturb=lambda kind, row, state, logits: logits * np.nan))

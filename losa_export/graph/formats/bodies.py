@@ -3,7 +3,7 @@
 An engine without our library inlines a body. All inputs of a node but the first are constants, so it folds all but
 the products into plain matrices at load. Until the folding is over it holds the result of every step for every
 weight, which is why the bodies look up mask bytes rather than bits, turn and cut matrices while their elements are
-narrow, and widen them last: some 30 bytes a weight pass. NonZero and ScatterND would not be folded at all, and
+narrow, and widen them last: some 30 to 40 bytes a weight pass. NonZero and ScatterND would not be folded at all, and
 decode anew at each call.
 
 Activations are float32 throughout. Our kernels round them to 16 or 8 bits for int8 and int4 weights, so there the
