@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 
 import ml_dtypes
@@ -236,6 +238,27 @@ def test_every_operator_names_its_format() -> None:
     for one in FORMATS.values():
         assert {format_of(op_type) for op_type in one.op_types} == {one}
     assert format_of("SparseMatMulFuture") is None
+
+
+def test_encoding_takes_no_more_memory_than_the_weight_itself(fmt: ValueFormat) -> None:
+    weight = np.random.default_rng(0).standard_normal((16384, 256)).astype(np.float32)
+    keep = np.arange(weight.size).reshape(weight.shape) % 2 == 0
+    weight[~keep] = 0
+    fmt.encode(weight[:16], keep[:16])  # what is imported and made once
+    peaks = [traced_peak(lambda: fmt.encode(weight, keep))]
+    if fmt.stores_dense:
+        peaks.append(traced_peak(lambda: fmt.encode_dense(weight)))
+    # bf16 has two copies of two bytes a weight in the end; blocks of rows take some megabytes
+    assert max(peaks) < weight.nbytes + 6_000_000
+
+
+def traced_peak(work: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

@@ -119,6 +119,7 @@ class ValueFormat(ABC):
         """Store every value of `weight` (out, in) float32. Raises: FormatError as `encode`."""
         levels, own = self.to_levels(weight, np.ones(weight.shape, dtype=np.bool_))
         values = self.to_elements(lay_out(levels, self.step_columns))
+        del levels  # the largest tables come here, and another copy follows
         return EncodedWeight({"values": pad(values), **own}, self._attributes(weight))
 
     def decode(self, encoded: EncodedWeight) -> tuple[Float32, Bool]:
