@@ -26,6 +26,7 @@ LIBRARY_VARIABLE = "LOSA_LIBRARY"
 LAYOUT_N16 = 1
 BLOCK_ROWS = 16
 VALUE_PADDING = 64  # bytes
+_LARGEST_SIDE = 1 << 30  # of a weight, as in validate.cpp
 
 _FORMAT_ERROR, _KERNEL_ERROR, _OUT_OF_MEMORY = 1, 2, 3  # as in c_api.cpp
 _ERROR_BYTES = 512
@@ -180,9 +181,13 @@ def embedding(ids: NDArray[np.int64], weight: Weight) -> NDArray[np.float32]:
         ids: int64, any shape.
         weight: dense; validated at each call.
     Returns: float32 (*ids.shape, columns).
-    Raises: FormatError for a contradictory or sparse weight, or an id that is no row.
+    Raises: FormatError for a contradictory or sparse weight, ids of another type, or an id that is no row.
     """
-    ids = np.require(ids, np.int64, ["C", "A"])
+    if ids.dtype != np.int64:
+        raise FormatError(f"ids is {ids.dtype} {ids.shape}, an embedding needs int64")
+    ids = np.require(ids, requirements=["C", "A"])
+    if weight.columns > _LARGEST_SIDE:
+        validate(weight)  # refuses it, before the result is given memory
     y = np.empty((*ids.shape, max(weight.columns, 0)), np.float32)
     error = ctypes.create_string_buffer(_ERROR_BYTES)
     parts = _parts(weight, gated=False)
@@ -221,6 +226,8 @@ def _multiply(
         raise ConfigError(f"threads is {threads}, it must be at least 1", threads=threads)
     if x.ndim == 0 or x.shape[-1] != weight.columns or x.dtype != np.float32:
         raise FormatError(f"x is {x.dtype} {x.shape}, the weight needs float32 with last dimension {weight.columns}")
+    if weight.rows > _LARGEST_SIDE:
+        validate(weight, gated=gated)  # refuses it, before the result is given memory
     x = np.require(x, requirements=["C", "A"])
     y = np.empty((*x.shape[:-1], max(weight.rows, 0)), np.float32)
     tokens = int(np.prod(x.shape[:-1], dtype=np.int64))

@@ -128,6 +128,74 @@ class Containers:
         )
 
     @staticmethod
+    def tensors(weight: native.Weight) -> dict[str, NDArray[Any]]:
+        """The operator's inputs after the first, in order."""
+        names = ("mask", "values", "block_offsets", "scales", "codebook")
+        return {name: getattr(weight, name) for name in names if getattr(weight, name) is not None}
+
+    @staticmethod
+    def model(
+        weight: native.Weight,
+        operator: str,
+        *,
+        attributes: dict[str, int] | None = None,
+        inputs: tuple[str, ...] = (),
+        shape: tuple[str | int, ...] | None = None,
+    ) -> Any:
+        """An ONNX model of one node `losa.sparse::<operator><Type>`, called 'layers.0', that gives Y.
+
+        Args:
+            operator: SparseMatMul, SparseSwiGLU, DenseMatMul or Embedding.
+            attributes: in place of the weight's own, or more.
+            inputs: tensors that are graph inputs rather than initializers.
+            shape: of the first input; by default (batch, sequence) for ids and (batch, sequence, K) for X.
+        """
+        import onnx
+
+        helper, kinds = onnx.helper, onnx.TensorProto
+        embedding = operator == "Embedding"
+        first = "ids" if embedding else "X"
+        numbers = {"N": weight.rows, "K": weight.columns, "layout": weight.layout}
+        if weight.scales is not None:
+            numbers["group"] = weight.group
+            if not embedding:
+                numbers["activation_bits"] = weight.activation_bits
+        tensors = [as_tensor(name, a, weight.value_type) for name, a in Containers.tensors(weight).items()]
+        node = helper.make_node(
+            f"{operator}{weight.value_type.capitalize()}",
+            [first, *(tensor.name for tensor in tensors)],
+            ["Y"],
+            name="layers.0",
+            domain="losa.sparse",
+            **(numbers | (attributes or {})),
+        )
+        if shape is None:
+            shape = ("batch", "sequence") if embedding else ("batch", "sequence", weight.columns)
+        fed = [helper.make_tensor_value_info(first, kinds.INT64 if embedding else kinds.FLOAT, shape)]
+        fed += [helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in tensors if t.name in inputs]
+        graph = helper.make_graph(
+            [node],
+            "one",
+            fed,
+            [helper.make_tensor_value_info("Y", kinds.FLOAT, None)],
+            [tensor for tensor in tensors if tensor.name not in inputs],
+        )
+        opsets = [helper.make_opsetid("", 18), helper.make_opsetid("losa.sparse", 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+    @staticmethod
+    def session(model: Any, threads: int = 1) -> Any:
+        """The model (or its bytes) in ONNX Runtime with our operators."""
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4
+        options.register_custom_ops_library(str(native.library_path()))
+        source = model if isinstance(model, bytes) else model.SerializeToString()
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+    @staticmethod
     def activations(tokens: int, columns: int, seed: int = 1) -> NDArray[np.float32]:
         """Normal numbers; one token in four is all zero but for its first column."""
         x = np.random.default_rng(seed).standard_normal((tokens, columns)).astype(np.float32)
@@ -235,6 +303,16 @@ def pack(
         group=group,
         activation_bits=activation_bits,
     )
+
+
+def as_tensor(name: str, array: NDArray[Any], value_type: str) -> Any:
+    """A TensorProto; uint16 values of bf16 are its bits."""
+    import onnx
+
+    kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    if name == "values" and value_type == "bf16":
+        kind = onnx.TensorProto.BFLOAT16
+    return onnx.TensorProto(name=name, data_type=kind, dims=array.shape, raw_data=array.tobytes())
 
 
 def by_block(array: NDArray[Any]) -> NDArray[Any]:

@@ -305,6 +305,21 @@ def test_an_id_that_is_no_row_is_refused(containers: Any, value_type: str, wrong
         native.embedding(np.array([3, wrong, 39]), example.weight)
 
 
+def test_ids_of_another_type_are_refused(containers: Any) -> None:
+    weight = containers.example("int8", 40, 70, kind="dense").weight
+    for ids in (np.array([1.5]), np.array([1], np.int32)):
+        with pytest.raises(FormatError, match=rf"ids is {ids.dtype} \(1,\), an embedding needs int64"):
+            native.embedding(ids, weight)
+
+
+def test_a_huge_weight_is_refused_before_its_result_is_given_memory(containers: Any) -> None:
+    weight = containers.example("int8", 40, 70, kind="dense").weight
+    with pytest.raises(FormatError, match="are not the sides of a weight"):
+        native.matmul(containers.activations(1, 70), dataclasses.replace(weight, rows=2**62))
+    with pytest.raises(FormatError, match="are not the sides of a weight"):
+        native.embedding(np.array([0]), dataclasses.replace(weight, columns=2**62))
+
+
 def test_an_embedding_of_a_sparse_weight_is_refused(containers: Any) -> None:
     with pytest.raises(FormatError, match="an embedding is a dense weight"):
         native.embedding(np.array([0]), containers.example("int8", 40, 70).weight)

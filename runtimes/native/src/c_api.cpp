@@ -116,8 +116,9 @@ LOSA_EXPORT int losa_embedding(const losa::WeightParts* parts, const int64_t* id
     if (!losa::validate(*parts, &weight, &message)) return report(kFormatError, message, error, error_capacity);
     const int64_t wrong = losa::gather_rows(weight, ids, count, y);
     if (wrong < 0) return kOk;
-    return report(kFormatError, "id " + std::to_string(ids[wrong]) + " is not below " + std::to_string(weight.rows),
-                  error, error_capacity);
+    return report(kFormatError,
+                  "id " + std::to_string(ids[wrong]) + " is not in [0, " + std::to_string(weight.rows) + ")", error,
+                  error_capacity);
   } catch (const std::exception& caught) {
     return report(kOutOfMemory, caught.what(), error, error_capacity);
   }

@@ -109,16 +109,23 @@ Status* attribute(const Calls& calls, const ort::KernelInfo* info, const std::st
   Status* status = calls.attribute(info, name, value);
   if (status == nullptr) return nullptr;
   calls.release(status);
-  return format_error(calls, where, std::string("attribute '") + name + "' is missing");
+  return format_error(calls, where, std::string("attribute '") + name + "' is missing, or not one integer");
 }
 
-/// An attribute that may be left out: `value` then keeps what it holds.
-void optional_attribute(const Calls& calls, const ort::KernelInfo* info, const char* name, int64_t* value) {
+/// An attribute that may be left out: `value` then keeps what it holds. One of another type is refused.
+Status* optional_attribute(const Calls& calls, const ort::KernelInfo* info, const std::string& where,
+                           const char* name, int64_t* value) {
   int64_t found = 0;
-  if (Status* status = calls.attribute(info, name, &found))
-    calls.release(status);
-  else
+  Status* status = calls.attribute(info, name, &found);
+  if (status == nullptr) {
     *value = found;
+    return nullptr;
+  }
+  // ONNX Runtime has no other way to ask; a text that it may change one day makes us refuse, not guess.
+  const bool missing = std::string(calls.message(status)).find("No attribute with name") != std::string::npos;
+  calls.release(status);
+  return missing ? nullptr
+                 : format_error(calls, where, std::string("attribute '") + name + "' is not one integer");
 }
 
 Status* create(const Op& op, const Calls& calls, const ort::KernelInfo* info, void** result) {
@@ -130,12 +137,13 @@ Status* create(const Op& op, const Calls& calls, const ort::KernelInfo* info, vo
   if (Status* status = attribute(calls, info, where, "N", &parts.rows)) return status;
   if (Status* status = attribute(calls, info, where, "K", &parts.columns)) return status;
   parts.layout = kLayoutN16;
-  optional_attribute(calls, info, "layout", &parts.layout);
+  if (Status* status = optional_attribute(calls, info, where, "layout", &parts.layout)) return status;
   parts.group = kMaxGroup;
   parts.activation_bits = 16;
   if (is_integer(op.type)) {
-    optional_attribute(calls, info, "group", &parts.group);
-    optional_attribute(calls, info, "activation_bits", &parts.activation_bits);
+    if (Status* status = optional_attribute(calls, info, where, "group", &parts.group)) return status;
+    if (Status* status = optional_attribute(calls, info, where, "activation_bits", &parts.activation_bits))
+      return status;
   }
   for (size_t i = 1; i < op.inputs.size(); ++i)
     if (Status* status = constant(calls, info, where, op, i, &(parts.*op.inputs[i].part))) return status;
@@ -194,7 +202,7 @@ Status* compute(const Kernel& kernel, ort::KernelContext* context) {
     const int64_t wrong = gather_rows(weight, ids, tokens, static_cast<float*>(y));
     if (wrong < 0) return nullptr;
     return calls.create_status(ort::kInvalidArgument, (kernel.where + ": id " + std::to_string(ids[wrong]) +
-                                                       " is not below " + std::to_string(weight.rows))
+                                                       " is not in [0, " + std::to_string(weight.rows) + ")")
                                                           .c_str());
   }
   SessionThreads threads{calls, context, nullptr};

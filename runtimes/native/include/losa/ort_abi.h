@@ -72,6 +72,8 @@ class Calls {
   Status* create_status(ErrorCode code, const char* message) const {
     return call<0, Status*>(static_cast<int>(code), message);
   }
+  /// Lives as long as `status`.
+  const char* message(const Status* status) const { return call<2, const char*>(status); }
   void release(Status* status) const { call<93, void>(status); }
 
   Status* create_domain(const char* name, CustomOpDomain** domain) const {
