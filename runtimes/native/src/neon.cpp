@@ -44,6 +44,7 @@ struct MaskOf<Neon> {
   using Type = NeonMask;
 };
 
+#include "losa/loops/bf16.h"
 #include "losa/loops/decode.h"
 #include "losa/loops/prefill.h"
 #include "losa/loops/gate.h"
@@ -84,6 +85,30 @@ struct Neon {
             vreinterpretq_f32_u8(vqtbl2q_u8(packed, vld1q_u8(lanes + 16)))};
   }
 
+  struct Pairs {
+    uint16x8_t low, high;  // four rows each
+  };
+
+  static Pairs load_pairs(const uint16_t* p) { return {halves(p), halves(p + 8)}; }
+  static Pairs expand_pairs(const Word<Neon, uint16_t>& word, int bit) {
+    return {expand_halves(word, bit), expand_halves(word, bit + 8)};
+  }
+  static uint16x8_t halves(const uint16_t* p) {
+    return vreinterpretq_u16_u8(vld1q_u8(reinterpret_cast<const uint8_t*>(p)));
+  }
+  static uint16x8_t expand_halves(const Word<Neon, uint16_t>& word, int bit) {
+    const uint8x16_t packed = vreinterpretq_u8_u16(halves(word.values + word.kept.before(bit)));
+    return vreinterpretq_u16_u8(vqtbl1q_u8(packed, vld1q_u8(kExpandHalves.lanes[word.masks[bit / 8]])));
+  }
+  static Vector first(Pairs pairs) { return {first_of(pairs.low), first_of(pairs.high)}; }
+  static Vector second(Pairs pairs) { return {second_of(pairs.low), second_of(pairs.high)}; }
+  static float32x4_t first_of(uint16x8_t pairs) {
+    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(pairs), 16));
+  }
+  static float32x4_t second_of(uint16x8_t pairs) {
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u16(pairs), vdupq_n_u32(0xffff0000u)));
+  }
+
   static void transpose8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
     transpose_eight(from, from_stride, to, to_stride);
   }
@@ -102,184 +127,32 @@ struct Neon {
     }
     bytes_of_rows(parts, rows);
   }
-};
 
-// ---- bf16 ----
-
-/// Steps of a block, one after the other, as vectors of eight: both columns of four rows.
-template <bool Dense>
-struct Bf16Steps {
-  const uint8_t *masks, *values;
-
-  LOSA_INLINE void start(const Weight& w, int64_t block) {
-    masks = w.block_masks(block);
-    values = w.block_values(block);
-  }
-  template <int Steps>
-  LOSA_INLINE void next(uint16x8_t (&pairs)[4 * Steps]) {
-    if constexpr (Dense) {
-      for (int part = 0; part < 4 * Steps; ++part) pairs[part] = vreinterpretq_u16_u8(vld1q_u8(values + 16 * part));
-      values += 64 * Steps;
-    } else {
-      uint64_t bits = 0;
-      __builtin_memcpy(&bits, masks, 4 * Steps);
-      const NeonMask kept(vcreate_u8(bits));
-#pragma GCC unroll 8
-      for (int part = 0; part < 4 * Steps; ++part) {
-        const uint8x16_t packed = vld1q_u8(values + 2 * kept.before(8 * part));
-        pairs[part] = vreinterpretq_u16_u8(vqtbl1q_u8(packed, vld1q_u8(kExpandHalves.lanes[masks[part]])));
-      }
-      masks += 4 * Steps;
-      values += 2 * kept.count();
-    }
-  }
-};
-
-/// Of four rows: the first column, and the second.
-LOSA_INLINE float32x4_t even_of(uint16x8_t pairs) {
-  return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(pairs), 16));
-}
-LOSA_INLINE float32x4_t odd_of(uint16x8_t pairs) {
-  return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u16(pairs), vdupq_n_u32(0xffff0000u)));
-}
-
-template <bool Dense>
-struct Bf16Decode {
-  static constexpr int64_t kMaxTokens = 5;  // their sums, a step and its floats fit in 32 registers
-
-  template <int Tokens, int Sums, int Steps>
-  LOSA_INLINE static void add(Bf16Steps<Dense>& steps, const float* x, int64_t stride,
-                              float32x4_t (&sums)[Tokens][Sums][4]) {
-    uint16x8_t pairs[4 * Steps];
-    steps.template next<Steps>(pairs);
-#pragma GCC unroll 2
-    for (int step = 0; step < Steps; ++step) {
-#pragma GCC unroll 4
-      for (int part = 0; part < 4; ++part) {
-        const float32x4_t even = even_of(pairs[4 * step + part]), odd = odd_of(pairs[4 * step + part]);
-#pragma GCC unroll 5
-        for (int t = 0; t < Tokens; ++t) {
-          float32x4_t& first = sums[t][0][part];
-          first = vfmaq_n_f32(first, even, x[t * stride + 2 * step]);
-          float32x4_t& second = sums[t][1 % Sums][part];
-          second = vfmaq_n_f32(second, odd, x[t * stride + 2 * step + 1]);
-        }
-      }
-    }
-  }
-
-  /// `Sums` is 2 if columns of even and odd number are summed apart.
-  template <int Tokens, int Sums>
-  static void block(const Weight& w, int64_t index, const float* x, float* y) {
-    Bf16Steps<Dense> steps;
-    steps.start(w, index);
-    float32x4_t sums[Tokens][Sums][4];
-    for (int t = 0; t < Tokens; ++t)
-      for (int s = 0; s < Sums; ++s)
-        for (int part = 0; part < 4; ++part) sums[t][s][part] = vdupq_n_f32(0);
-
-    int64_t k = 0;
-    for (; k + 4 <= w.columns; k += 4) {
-      __builtin_prefetch(steps.values + Decode<Neon>::kPrefetchBytes);
-      add<Tokens, Sums, 2>(steps, x + k, w.columns, sums);
-    }
-    if (k < w.columns) {
-      float last[Tokens][4] = {};
-      for (int t = 0; t < Tokens; ++t)
-        for (int64_t i = 0; i < w.columns - k; ++i) last[t][i] = x[t * w.columns + k + i];
-      for (int64_t i = 0; i < w.columns - k; i += 2) add<Tokens, Sums, 1>(steps, last[0] + i, 4, sums);
-    }
-
-    const int64_t first_row = index * kBlockRows;
-    for (int t = 0; t < Tokens; ++t) {
-      float rows[kBlockRows];
-      for (int part = 0; part < 4; ++part)
-        vst1q_f32(rows + 4 * part, Sums == 1 ? sums[t][0][part] : vaddq_f32(sums[t][0][part], sums[t][Sums - 1][part]));
-      copy_rows(rows, w.rows - first_row, y + t * w.rows + first_row);
-    }
-  }
-
-  static void run(const Weight& w, BlockRange blocks, const float* x, int64_t tokens, float* y) {
-    const int64_t groups = (tokens + kMaxTokens - 1) / kMaxTokens;
-    for (int64_t index = blocks.first; index < blocks.last; ++index) {
-      int64_t token = 0;
-      for (int64_t group = groups; group > 0; --group) {
-        const int64_t count = (tokens - token + group - 1) / group;
-        const float* from = x + token * w.columns;
-        float* to = y + token * w.rows;
-        switch (count) {
-          case 1: block<1, 2>(w, index, from, to); break;
-          case 2: block<2, 2>(w, index, from, to); break;
-          case 3: block<3, 1>(w, index, from, to); break;
-          case 4: block<4, 1>(w, index, from, to); break;
-          default: block<5, 1>(w, index, from, to); break;
-        }
-        token += count;
-      }
-    }
-  }
-};
-
-/// Walks a block whose values are expanded to floats, as prefill.h wants it.
-template <bool Dense>
-class Bf16Source {
- public:
-  using Element = float;
-  static int64_t elements(const Weight& w) { return w.columns; }
-  static int64_t tile_elements(const Weight&) { return kTileColumns; }
-
-  void start(const Weight& w, int64_t block) { steps_.start(w, block); }
-
-  template <bool RowMasks>
-  void expand(int64_t columns, WeightTile<float>* tile) {
-    if constexpr (RowMasks) row_masks(columns, tile->kept);
-    float* to = tile->weights;
-    int64_t k = 0;
-    for (; k + 4 <= columns; k += 4, to += 4 * kBlockRows) expand_steps<2>(to);
-    for (; k < columns; k += 2, to += 2 * kBlockRows) expand_steps<1>(to);
-  }
-
- private:
-  template <int Steps>
-  LOSA_INLINE void expand_steps(float* to) {
-    uint16x8_t pairs[4 * Steps];
-    steps_.template next<Steps>(pairs);
-    for (int part = 0; part < 4 * Steps; ++part) {
-      float* even = to + part / 4 * 2 * kBlockRows + part % 4 * 4;
-      vst1q_f32(even, even_of(pairs[part]));
-      vst1q_f32(even + kBlockRows, odd_of(pairs[part]));
-    }
-  }
-
-  /// Of the tile that comes next.
-  void row_masks(int64_t columns, uint64_t (&rows)[kBlockRows]) const {
-    constexpr uint8x16_t kEvenBit = {1, 4, 16, 64, 1, 4, 16, 64, 1, 4, 16, 64, 1, 4, 16, 64};
+  /// The same from the masks of pairs.
+  static void pair_row_masks(const uint8_t* masks, uint64_t (&rows)[kBlockRows]) {
+    constexpr uint8x16_t kFirstBit = {1, 4, 16, 64, 1, 4, 16, 64, 1, 4, 16, 64, 1, 4, 16, 64};
     constexpr uint8x16_t kFourBytes = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
-    alignas(16) uint8_t padded[2 * kTileColumns] = {};
-    __builtin_memcpy(padded, steps_.masks, static_cast<size_t>((columns + 1) / 2 * 4));
     uint8x16_t parts[8];  // of eight columns each
     for (int part = 0; part < 8; ++part) {
-      const uint8x16_t bytes = vld1q_u8(padded + 16 * part);
+      const uint8x16_t bytes = vld1q_u8(masks + 16 * part);
       uint8x16_t bits = vdupq_n_u8(0);
 #pragma GCC unroll 4
       for (int step = 0; step < 4; ++step) {
-        const uint8x16_t rows_of_step = vqtbl1q_u8(bytes, vaddq_u8(kFourBytes, vdupq_n_u8(4 * step)));
-        bits = append_bit(bits, rows_of_step, kEvenBit);
-        bits = append_bit(bits, rows_of_step, vshlq_n_u8(kEvenBit, 1));
+        const uint8x16_t of_rows = vqtbl1q_u8(bytes, vaddq_u8(kFourBytes, vdupq_n_u8(4 * step)));
+        bits = append_bit(bits, of_rows, kFirstBit);
+        bits = append_bit(bits, of_rows, vshlq_n_u8(kFirstBit, 1));
       }
       parts[part] = bits;
     }
     bytes_of_rows(parts, rows);
   }
-
-  Bf16Steps<Dense> steps_;
 };
 
 void bf16_decode(const Weight& w, BlockRange blocks, const float* x, int64_t tokens, float* y) {
   if (w.dense())
-    Bf16Decode<true>::run(w, blocks, x, tokens, y);
+    Decode<Neon, DenseBf16<Neon>>::run(w, blocks, x, tokens, y);
   else
-    Bf16Decode<false>::run(w, blocks, x, tokens, y);
+    Decode<Neon, Bf16<Neon>>::run(w, blocks, x, tokens, y);
 }
 
 // ---- prefill ----
@@ -292,8 +165,9 @@ bool skipping_wins(const Weight& w, int64_t tokens) {
   return w.density() <= 0.75 && w.density() * kTileTokens <= static_cast<double>(narrowest.width);
 }
 
-template <class Source>
-void sparse_prefill(const Weight& w, BlockRange blocks, const float* packed, int64_t tokens, float* y) {
+template <class From>
+void prefill(const Weight& w, BlockRange blocks, const float* packed, int64_t tokens, float* y) {
+  using Source = FloatSource<Neon, From>;
   if (skipping_wins(w, tokens))
     Prefill<Source, SkipProduct<Neon>>::run_floats(w, blocks, packed, tokens, y);
   else
@@ -302,9 +176,9 @@ void sparse_prefill(const Weight& w, BlockRange blocks, const float* packed, int
 
 void bf16_prefill(const Weight& w, BlockRange blocks, const float* packed, int64_t tokens, float* y) {
   if (w.dense())
-    Prefill<Bf16Source<true>, DenseProduct<Neon>>::run_floats(w, blocks, packed, tokens, y);
+    Prefill<FloatSource<Neon, DenseBf16<Neon>>, DenseProduct<Neon>>::run_floats(w, blocks, packed, tokens, y);
   else
-    sparse_prefill<Bf16Source<false>>(w, blocks, packed, tokens, y);
+    prefill<Bf16<Neon>>(w, blocks, packed, tokens, y);
 }
 
 // ---- rounding ----
@@ -351,7 +225,7 @@ bool supported() { return true; }
 const KernelRow kNeonRow = {
     "neon",
     supported,
-    {Decode<Neon>::run, sparse_prefill<Fp32Source<Neon>>, pack<Neon>, kPrefillMinTokens},
+    {Decode<Neon>::run, prefill<Fp32<Neon>>, pack<Neon>, kPrefillMinTokens},
     {bf16_decode, bf16_prefill, pack<Neon>, kPrefillMinTokens},
     {neon_int8_decode, neon_int8_prefill, neon_pack, kIntegerPrefillMinTokens},
     {neon_int4_decode, neon_int4_prefill, neon_pack, kIntegerPrefillMinTokens},
