@@ -8,6 +8,7 @@ arithmetic of the kernels in numpy.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,21 @@ def row(request: pytest.FixtureRequest, kernels: Path) -> str:
 @pytest.fixture(scope="session")
 def containers(kernels: Path) -> type[Containers]:
     return Containers
+
+
+@pytest.fixture(scope="session")
+def pruned(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with six tenths of each block linear set to zero."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("pruned") / "checkpoint"))
+    tensors = load_file(folder / "model.safetensors")
+    for name, weight in tensors.items():
+        if name.endswith("_proj.weight"):
+            threshold = np.quantile(np.abs(weight), 0.6)
+            tensors[name] = np.where(np.abs(weight) < threshold, np.float32(0), 2 * weight)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 Kind = Literal["sparse", "gated", "dense"]
