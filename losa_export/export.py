@@ -22,7 +22,7 @@ ValuesChoice = Literal["fp32", "bf16", "int8", "int4"]
 HeadChoice = Literal["auto", "fp32", "bf16", "int8", "int4"]
 ActivationsChoice = Literal["int16", "int8"]
 
-GROUPS = (32, 64, 128, 256)
+GROUPS = (32, 64, 128)
 
 # Four bits a weight cost a head more than they save: its errors reach the answer directly.
 _HEAD_FOR_VALUES: dict[ValuesChoice, HeadChoice] = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8"}
@@ -43,9 +43,8 @@ class ExportConfig:
         output: folder to write.
         profile: 'ort' uses ONNX Runtime's contributed operators, 'standard' opset 23 alone.
         weights: 'auto' is sparse for a sparse checkpoint.
-        values: type of the non-zeros. Dense weights stay fp32.
-        head: type of the head and the embedding beside sparse weights; 'auto' is fp32 or bf16 as the values are,
-            and int8 for both int8 and int4.
+        values: type of the linears' values, of the non-zeros where they are sparse.
+        head: type of the head and the embedding; 'auto' is that of the values, but int8 for int4.
         group: columns that share a scale, for int8 and int4.
         activations: to what our kernels round activations before they meet int8 and int4 weights.
         gate: compare the answers with the source's before the folder appears.
@@ -116,7 +115,9 @@ class ExportReport:
 
     def __str__(self) -> str:
         """A few lines for a person."""
-        kind = f"sparse {self.types}, {self.sparsity_fraction:.1%} zeros" if self.weights == "sparse" else "dense"
+        kind = "dense" if self.types.values is None else f"{self.weights} {self.types}"
+        if self.weights == "sparse":
+            kind += f", {self.sparsity_fraction:.1%} zeros"
         size = f"{self.model_bytes / 1e6:.1f} MB ({self.model_bytes / self.dense_bytes:.2f}x of dense fp32)"
         lines = [f"{self.output}: {kind}, profile {self.profile}, {size}"]
         return "\n".join([*lines, *_gate_lines(self.gate)])
@@ -196,13 +197,11 @@ def _write_model(config: ExportConfig, checkpoint: Checkpoint, spec: DecoderSpec
         versions,
     )
     from losa_export.graph.profiles import OPSET
-    from losa_export.graph.sparsity import plan_sparsity, will_store_sparse
+    from losa_export.graph.sparsity import plan_sparsity
     from losa_export.graph.weights import WeightStore
 
     plan = plan_sparsity(checkpoint, spec, None if config.weights == "auto" else config.weights)
-    head = "fp32"
-    if config.chosen_head != "fp32" and will_store_sparse(plan, checkpoint):
-        head = config.chosen_head
+    head = config.chosen_head
     settings = {"group": config.group, "activation_bits": 16 if config.activations == "int16" else 8}
     weights = sum(rows_columns(shape) for shape in tensor_shapes(spec).values())
     with (
@@ -229,7 +228,9 @@ def _write_model(config: ExportConfig, checkpoint: Checkpoint, spec: DecoderSpec
     linears = read_sparse_linears(check_external_data(folder))
     if plan.store_sparse:
         check_digests(linears, plan.digests)
-    types = StoredTypes.settled(config.values, head, config.group, config.activations) if linears else StoredTypes()
+    types = StoredTypes()
+    if linears or (config.values, head) != ("fp32", "fp32"):
+        types = StoredTypes.settled(config.values, head, config.group, config.activations)
     return {
         "format": MANIFEST_FORMAT,
         "versions": versions(),

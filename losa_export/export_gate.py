@@ -32,10 +32,10 @@ _MOST_KL_OF_INT8_ACTIVATIONS = 0.2
 
 @dataclass(frozen=True)
 class StoredTypes:
-    """How an exported model stores its weights. All None where they are dense, which is fp32 throughout.
+    """How an exported model stores its weights. All None where they are ordinary fp32 matrices throughout.
 
     Attributes:
-        values: type of the non-zeros.
+        values: type of the linears' values.
         head: type of the head and the embedding.
         group: columns that share a scale, None where nothing has scales.
         activations: what our kernels round activations to, None where they round none.

@@ -412,22 +412,26 @@ def test_activations_are_an_attribute_of_each_product(sparse: Path, tmp_path: Pa
     assert bits == {"SparseMatMulInt4": [8], "SparseSwiGLUInt4": [8], "DenseMatMulInt8": [8], "EmbeddingInt8": []}
 
 
-def test_dense_weights_are_fp32_whatever_the_values_would_have_been(sparse: Path, dense: Path, tmp_path: Path) -> None:
-    for name, changes in (("plain", {}), ("typed", {"values": "int4", "head": "int8", "group": 32})):
-        report = export_onnx(quick(sparse, tmp_path / name, weights="dense", **changes))
-        assert report.types == StoredTypes()
-    assert manifest(tmp_path / "plain") == manifest(tmp_path / "typed")
+@pytest.mark.parametrize("values", ["bf16", "int8", "int4"])
+def test_dense_weights_may_be_rounded_too(values: str, sparse: Path, tmp_path: Path) -> None:
+    assert export_onnx(quick(sparse, tmp_path / "plain", weights="dense")).types == StoredTypes()
+    report = export_onnx(quick(sparse, tmp_path / "rounded", weights="dense", values=values))
+    assert (report.weights, report.types.values, report.types.head) == ("dense", values, HEAD_OF[values])
+    assert f"dense {values}, head {HEAD_OF[values]}" in str(report)
+    operators = {node.op_type for node in check_external_data(tmp_path / "rounded").proto.graph.node if node.domain}
+    assert "DenseMatMul" + values.capitalize() in operators
+    assert not any(operator.startswith("Sparse") for operator in operators)
+    found, expected = stored_weights(tmp_path / "rounded"), load_file(sparse / "model.safetensors")
+    assert sum("_proj" in name for name in found) == sum("_proj" in name for name in expected) > 0
+    for name, weight in found.items():
+        assert np.linalg.norm(weight - expected[name]) < 0.2 * np.linalg.norm(expected[name])
+    assert np.isfinite(logits_of(tmp_path / "rounded")).all()
 
 
-@pytest.mark.parametrize("density", [0.3, 1.0])
-def test_without_masks_the_head_is_rounded_only_beside_sparse_linears(
-    density: float, dense: Path, tmp_path: Path
-) -> None:
-    prune(dense, with_masks=False, density=density)
+def test_a_dense_checkpoint_is_rounded_on_request(dense: Path, tmp_path: Path) -> None:
     report = export_onnx(quick(dense, tmp_path / "onnx", values="int8"))
-    assert (report.weights, report.types.head) == (("sparse", "int8") if density < 1 else ("dense", None))
-    tables = {name for name in stored_weights(tmp_path / "onnx") if "_proj" not in name}
-    assert tables == ({"model.embed_tokens.weight"} if density < 1 else set())
+    assert (report.weights, report.types.values) == ("dense", "int8")
+    assert report.model_bytes < 0.5 * report.dense_bytes
 
 
 def test_biases_stay_as_they_are(dense: Path, tmp_path: Path) -> None:
@@ -617,7 +621,7 @@ def change_config(folder: Path, **changes: object) -> None:
         ({"values": "fp8"}, "ExportConfig.values is 'fp8'; choose one of fp32, bf16, int8, int4"),
         ({"head": "fp8"}, "ExportConfig.head is 'fp8'; choose one of auto, fp32, bf16, int8, int4"),
         ({"activations": "int4"}, "ExportConfig.activations is 'int4'; choose one of int16, int8"),
-        ({"group": 100}, "ExportConfig.group is 100; choose one of 32, 64, 128, 256"),
+        ({"group": 100}, "ExportConfig.group is 100; choose one of 32, 64, 128"),
     ],
 )
 def test_an_impossible_option_names_its_field(changes: dict[str, Any], message: str) -> None:

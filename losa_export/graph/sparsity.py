@@ -102,16 +102,6 @@ def plan_sparsity(checkpoint: Checkpoint, spec: DecoderSpec, weights: Weights | 
     return SparsityPlan("nonzero", weights != "dense", prunable, recorded)
 
 
-def will_store_sparse(plan: SparsityPlan, checkpoint: Checkpoint) -> bool:
-    """Whether any linear will be stored sparsely, for what must be settled before they are read one after another.
-
-    Without stored masks this reads linears until it finds a sparse one.
-    """
-    if not plan.store_sparse:
-        return False
-    return bool(plan.masks.names) if plan.masks is not None else _some_tensor_is_sparse(checkpoint, plan.prunable)
-
-
 def _check_masks(masks: MaskFile, spec: DecoderSpec, prunable: frozenset[str]) -> None:
     shapes = tensor_shapes(spec)
     for name in masks.names:

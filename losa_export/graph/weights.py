@@ -37,7 +37,7 @@ class WeightStore:
         checkpoint: where tensors come from.
         writer: where they go.
         plan: which linears are stored sparsely, and under which masks.
-        value_format: how a sparse linear's values are stored.
+        value_format: how the values of linears are stored, sparse or not.
         head_format: how the head and the embedding are stored.
         on_written: called with the number of weights after each tensor, for progress.
         initializers: made so far, in file order.
@@ -97,10 +97,12 @@ class WeightStore:
         """
         weights = [self.checkpoint.read(f"{name}.weight") for name in names]
         keeps = self._keeps(names, weights)
-        if keeps is None:
-            y = nodes.add("MatMul", [x, self._transposed(f"{_stem(names)}.weight", _rows(weights))])
-        else:
+        if keeps is not None:
             y = self._sparse(nodes, x, self.value_format.sparse_op, names, weights, keeps)
+        elif self.value_format.stores_dense:
+            y = self._dense(nodes, x, names, weights)
+        else:
+            y = nodes.add("MatMul", [x, self._transposed(f"{_stem(names)}.weight", _rows(weights))])
         if bias:
             y = nodes.add("Add", [y, self._biases(names)])
         return y
@@ -187,6 +189,18 @@ class WeightStore:
         self.on_written(sum(weight.size for weight in weights))
         y = nodes.add(op_type, [x, *tensors], attributes, domain=DOMAIN)
         nodes.nodes[-1].metadata_props[METADATA_KEY] = describe(parts)
+        return y
+
+    def _dense(
+        self, nodes: NodeList, x: ir.Value, names: Sequence[str], weights: Sequence[NDArray[np.float32]]
+    ) -> ir.Value:
+        """Append one dense node of the value format that holds all of `weights`."""
+        stem, weight = f"{_stem(names)}.weight", _rows(weights)
+        encoded = _encoded(stem, lambda: self.value_format.encode_dense(weight))
+        y = nodes.add(self.value_format.dense_op, [x, *self._tensors(stem, encoded)], encoded.attributes, domain=DOMAIN)
+        parts = [Part(f"{name}.weight", one.shape[0]) for name, one in zip(names, weights, strict=True)]
+        nodes.nodes[-1].metadata_props[METADATA_KEY] = describe(parts)
+        self.on_written(weight.size)
         return y
 
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
