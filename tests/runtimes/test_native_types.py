@@ -35,7 +35,7 @@ CASES = [(value_type, kind) for value_type in TYPES for kind in kinds(value_type
 def test_every_row_multiplies_every_shape(
     row: str, containers: Any, value_type: str, kind: str, rows: int, columns: int
 ) -> None:
-    for density in (0.0, 0.3, 1.0) if kind != "dense" else (1.0,):
+    for density in (0.0, 0.3, 1.0) if kind != "dense" and rows < 40 else (0.3,):
         example = containers.example(value_type, rows, columns, kind=kind, density=density)
         native.validate(example.weight, gated=example.gated)
         multiply, check = door(containers, example)
