@@ -7,7 +7,13 @@
 namespace losa {
 
 // avx2_integer.cpp
-extern const IntegerKernels kAvx2Int8, kAvx2Int4;
+// As functions, whose addresses are known when a row is linked: a row that had to be filled at run time would be
+// filled when the library is loaded, with AVX2 instructions, on any processor.
+void avx2_int8_decode(const Weight& w, BlockRange blocks, const RoundedTokens& x, int64_t tokens, float* y);
+void avx2_int4_decode(const Weight& w, BlockRange blocks, const RoundedTokens& x, int64_t tokens, float* y);
+void avx2_int8_prefill(const Weight& w, BlockRange blocks, const PackedTokens& packed, int64_t tokens, float* y);
+void avx2_int4_prefill(const Weight& w, BlockRange blocks, const PackedTokens& packed, int64_t tokens, float* y);
+void avx2_pack(const Weight& w, const RoundedTokens& x, int64_t tokens, int64_t tile, const PackedTokens& packed);
 void avx2_round(const float* x, int64_t tokens, int64_t bits, const RoundedTokens& rounded);
 
 namespace {
@@ -157,17 +163,22 @@ __attribute__((target("no-avx,no-bmi,no-bmi2"))) bool supported() {
          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
 }
 
-// GFLOP/s (dense-equivalent) of one 3.2 GHz Zen 3 core, 576 x 576, by tokens and density of the weight; the
-// core's peak is 103, and a dense matrix product of ONNX Runtime 1.32 reaches 86 to 91 at 128 tokens:
+// GFLOP/s (dense-equivalent) of one 3.1 GHz Zen 3 core, fp32, 576 x 576, by tokens and density of the weight; the
+// core's peak is 100, and a dense matrix product of ONNX Runtime 1.32 reaches 86 to 91 at 128 tokens:
 //
-//   tokens                     12    16    24    32    40    64   128
-//   expanding for each 6       49    49    49    49    49    49    49
-//   dense tile, any density    53    71    77    79    80    83    83
-//   skipping, density 1.0      19    26    36    49    56    71    73
-//   skipping, density 0.7      21    27    42    64    66    88    94
-//   skipping, density 0.5      26    35    53    80    91   112   127
-//   skipping, density 0.3      38    51    75   109   125   157   186
-constexpr int64_t kPrefillMinTokens = 12;
+//   tokens                      8    12    16    24    32    40    64   128
+//   expanding for each 6       45    47    47    47    47    47    47    46
+//   dense tile, any density    55    64    70    75    77    79    81    80
+//   skipping, density 1.0      13    18    25    34    48    55    68    64
+//   skipping, density 0.7      16    20    26    42    63    72    89    90
+//   skipping, density 0.5      20    25    33    54    81    91   116   114
+//   skipping, density 0.3      28    36    48    76   110   123   150   157
+//
+// bf16 has the same figures but for the first row, 55 (60 where tokens are a multiple of 5): values are half as long
+// and expanded two columns at once. 4096 columns out of memory leave the order of the rows as it is.
+constexpr int64_t kFp32PrefillTokens = 8;
+constexpr int64_t kBf16PrefillTokens = 10;
+constexpr int64_t kIntegerPrefillTokens = 7;  // avx2_integer.cpp has their figures
 
 /// Below eight vectors of tokens the latency of a multiply-add shows, and a weight must be sparser for
 /// skipping to win.
@@ -204,10 +215,10 @@ void bf16_prefill(const Weight& w, BlockRange blocks, const float* packed, int64
 const KernelRow kAvx2Row = {
     "avx2",
     supported,
-    {Decode<Avx2>::run, prefill<Fp32<Avx2>>, pack<Avx2>, kPrefillMinTokens},
-    {bf16_decode, bf16_prefill, pack<Avx2>, kPrefillMinTokens},
-    kAvx2Int8,
-    kAvx2Int4,
+    {Decode<Avx2>::run, prefill<Fp32<Avx2>>, pack<Avx2>, kFp32PrefillTokens},
+    {bf16_decode, bf16_prefill, pack<Avx2>, kBf16PrefillTokens},
+    {avx2_int8_decode, avx2_int8_prefill, avx2_pack, kIntegerPrefillTokens},
+    {avx2_int4_decode, avx2_int4_prefill, avx2_pack, kIntegerPrefillTokens},
     avx2_round,
     gate,
 };

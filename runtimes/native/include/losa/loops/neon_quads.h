@@ -193,7 +193,7 @@ struct QuadSkip {
     }
   }
 
-  static void add(const WeightTile<int32_t>& tile, int64_t elements, const int32_t* x, int64_t width,
+  static void add(const WeightTile<int32_t>& tile, int64_t elements, const int32_t* x, int64_t width, int64_t,
                   const float* token_scales, float* sums) {
     const int64_t steps = elements / Planes;
     switch (width / 8) {

@@ -264,7 +264,7 @@ template <class Eight>
 struct EightByEight {
   static constexpr bool kNeedsRowMasks = false;
 
-  static void add(const WeightTile<int32_t>& tile, int64_t elements, const int32_t* x, int64_t width,
+  static void add(const WeightTile<int32_t>& tile, int64_t elements, const int32_t* x, int64_t width, int64_t,
                   const float* token_scales, float* sums) {
     for (int64_t t = 0; t < width; t += 8)
       for (int half = 0; half < losa::kBlockRows; half += 8)

@@ -58,12 +58,17 @@ struct DenseProduct {
                   V::scale(token_scales + t));
   }
 
-  /// sums [token][row] += x [column][token] * weights [column][row]
-  static void add(const WeightTile<Element>& tile, int64_t columns, const Element* x, int64_t width,
+  /// sums [token][row] += x [column][token] * weights [column][row], for `count` of `width` tokens: the rest is
+  /// padding, of which no more takes part than fills the last narrow step.
+  static void add(const WeightTile<Element>& tile, int64_t columns, const Element* x, int64_t width, int64_t count,
                   const float* token_scales, float* sums) {
     constexpr int kWide = V::kWideTokens, kNarrow = V::kNarrowTokens;
-    for (int64_t token = 0; token < width;) {
-      const int64_t behind_wide = width - token - kWide;
+    constexpr int kGrain = kWide - kNarrow;  // its multiples from kNarrow on are what the two add up to
+    static_assert(kNarrow % kGrain == 0 && losa::kTokenStep % kGrain == 0 && losa::kTokenStep >= kNarrow);
+    const int64_t grains = (count + kGrain - 1) / kGrain * kGrain;
+    const int64_t end = grains < kNarrow ? kNarrow : grains;
+    for (int64_t token = 0; token < end;) {
+      const int64_t behind_wide = end - token - kWide;
       const bool wide = behind_wide == 0 || behind_wide >= kNarrow;
       float* to = sums + token * losa::kBlockRows;
       if (wide)
@@ -111,7 +116,7 @@ struct SkipProduct {
   }
 
   /// sums [row][token] += weights [column][row] * x [column][token], over each row's kept columns
-  static void add(const WeightTile<Element>& tile, int64_t, const Element* x, int64_t width,
+  static void add(const WeightTile<Element>& tile, int64_t, const Element* x, int64_t width, int64_t,
                   const float* token_scales, float* sums) {
     switch (width / V::kLanes) {
       case 1: return rows<1>(tile, x, token_scales, sums);
@@ -146,6 +151,7 @@ class FloatSource {
   using Element = float;
   static int64_t elements(const losa::Weight& w) { return w.columns; }
   static int64_t tile_elements(const losa::Weight&) { return kTileColumns; }
+  static constexpr int64_t kPrefetchBytes = 2048;  // a tile of bf16 or half a tile of fp32, if dense
 
   void start(const losa::Weight& w, int64_t block) { words_.start(w, block); }
 
@@ -158,8 +164,11 @@ class FloatSource {
       From::row_masks(padded, tile->kept);
     }
     float* to = tile->weights;
-    for (; columns >= kWordColumns; columns -= kWordColumns, to += kWordColumns * losa::kBlockRows)
+    for (; columns >= kWordColumns; columns -= kWordColumns, to += kWordColumns * losa::kBlockRows) {
+      __builtin_prefetch(static_cast<const char*>(words_.values()) + kPrefetchBytes);
+      __builtin_prefetch(static_cast<const char*>(words_.values()) + kPrefetchBytes + 64);
       store(words_.next(), to);
+    }
     if (columns > 0) {
       uint8_t padded[8];
       store(words_.last(columns, padded), to);
@@ -222,14 +231,17 @@ struct Prefill {
     const int64_t weight_tiles = (elements + tile_elements - 1) / tile_elements;
     for (int64_t t = 0, k = 0; t < weight_tiles; ++t, k += tile_elements) {
       const int64_t columns = elements - k < tile_elements ? elements - k : tile_elements;
-      for (int64_t b = 0; b < blocks; ++b)
-        sources[b].template expand<Product::kNeedsRowMasks>(columns, &weights[b]);
       for (int64_t i = 0; i < tiles; ++i) {
         const losa::TokenTile tile = losa::token_tile(tokens, i);
         const Element* x = packed + tile.first * elements + k * tile.width;
         const float* token_scales = packed_scales + tile.first * weight_tiles + t * tile.width;
-        for (int64_t b = 0; b < blocks; ++b)
-          Product::add(weights[b], columns, x, tile.width, token_scales, sums[b] + tile.first * losa::kBlockRows);
+        for (int64_t b = 0; b < blocks; ++b) {
+          // Only a second tile of tokens meets them all once more; otherwise one place, which stays in L1, will do.
+          WeightTile<Element>& weight = weights[tiles == 1 ? 0 : b];
+          if (i == 0) sources[b].template expand<Product::kNeedsRowMasks>(columns, &weight);
+          Product::add(weight, columns, x, tile.width, tile.tokens, token_scales,
+                       sums[b] + tile.first * losa::kBlockRows);
+        }
       }
     }
     for (int64_t b = 0; b < blocks; ++b) {
