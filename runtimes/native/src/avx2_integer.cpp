@@ -12,7 +12,13 @@
 
 namespace losa {
 
-extern const IntegerKernels kAvx2Int8, kAvx2Int4;
+// As functions, whose addresses are known when a row is linked: a row that had to be filled at run time would be
+// filled when the library is loaded, with AVX2 instructions, on any processor.
+void avx2_int8_decode(const Weight& w, BlockRange blocks, const RoundedTokens& x, int64_t tokens, float* y);
+void avx2_int4_decode(const Weight& w, BlockRange blocks, const RoundedTokens& x, int64_t tokens, float* y);
+void avx2_int8_prefill(const Weight& w, BlockRange blocks, const PackedTokens& packed, int64_t tokens, float* y);
+void avx2_int4_prefill(const Weight& w, BlockRange blocks, const PackedTokens& packed, int64_t tokens, float* y);
+void avx2_pack(const Weight& w, const RoundedTokens& x, int64_t tokens, int64_t tile, const PackedTokens& packed);
 void avx2_round(const float* x, int64_t tokens, int64_t bits, const RoundedTokens& rounded);
 
 namespace {
@@ -435,8 +441,6 @@ void prefill(const Weight& w, BlockRange blocks, const PackedTokens& packed, int
     Prefill<PairSource<Sparse>, DenseProduct<Pairs>>::run(w, blocks, values, packed.scales, tokens, y);
 }
 
-constexpr int64_t kPrefillMinTokens = 7;
-
 // ---- rounding ----
 
 /// A group of `columns` activations, a multiple of 16, to `to`; returns its scale.
@@ -489,9 +493,20 @@ void avx2_round(const float* x, int64_t tokens, int64_t bits, const RoundedToken
   }
 }
 
-const IntegerKernels kAvx2Int8 = {decode<SparseInt8, DenseInt8>, prefill<SparseInt8, DenseInt8>, pack_pairs,
-                                  kPrefillMinTokens};
-const IntegerKernels kAvx2Int4 = {decode<SparseInt4, DenseInt4>, prefill<SparseInt4, DenseInt4>, pack_pairs,
-                                  kPrefillMinTokens};
+void avx2_int8_decode(const Weight& w, BlockRange blocks, const RoundedTokens& x, int64_t tokens, float* y) {
+  decode<SparseInt8, DenseInt8>(w, blocks, x, tokens, y);
+}
+void avx2_int4_decode(const Weight& w, BlockRange blocks, const RoundedTokens& x, int64_t tokens, float* y) {
+  decode<SparseInt4, DenseInt4>(w, blocks, x, tokens, y);
+}
+void avx2_int8_prefill(const Weight& w, BlockRange blocks, const PackedTokens& packed, int64_t tokens, float* y) {
+  prefill<SparseInt8, DenseInt8>(w, blocks, packed, tokens, y);
+}
+void avx2_int4_prefill(const Weight& w, BlockRange blocks, const PackedTokens& packed, int64_t tokens, float* y) {
+  prefill<SparseInt4, DenseInt4>(w, blocks, packed, tokens, y);
+}
+void avx2_pack(const Weight& w, const RoundedTokens& x, int64_t tokens, int64_t tile, const PackedTokens& packed) {
+  pack_pairs(w, x, tokens, tile, packed);
+}
 
 }  // namespace losa

@@ -9,6 +9,7 @@ namespace {
 
 const KernelRow* const kRows[] = {
 #ifdef LOSA_X86
+    &kAvx512VnniRow,
     &kAvx512Row,
     &kAvx2Row,
 #endif

@@ -57,6 +57,7 @@ extern const KernelRow kScalarRow;
 #ifdef LOSA_X86
 extern const KernelRow kAvx2Row;
 extern const KernelRow kAvx512Row;
+extern const KernelRow kAvx512VnniRow;
 #endif
 #ifdef LOSA_ARM
 extern const KernelRow kNeonRow;

@@ -1,0 +1,51 @@
+// The loops of prefill.h for products that take two blocks at once.
+
+constexpr int64_t kBlockSums = losa::kBlockRows * losa::kPrefillTokens;
+
+/// Source is as in prefill.h, Product as in avx512_products.h. `packed_scales`, of integers only: for each tile of tokens
+/// and each tile of weights, one float a token.
+template <class Source, class Product>
+struct PrefillPairs {
+  using Element = typename Source::Element;
+
+  static void run(const losa::Weight& w, losa::BlockRange blocks, const Element* packed, const float* packed_scales,
+                  int64_t tokens, float* y) {
+    for (; blocks.first < blocks.last; blocks.first += kMaxBlocks) {
+      const int64_t left = blocks.last - blocks.first;
+      group(w, blocks.first, left < kMaxBlocks ? left : kMaxBlocks, packed, packed_scales, tokens, y);
+    }
+  }
+
+  static void group(const losa::Weight& w, int64_t first, int64_t blocks, const Element* packed,
+                    const float* packed_scales, int64_t tokens, float* y) {
+    WeightTile<Element> weights[kMaxBlocks];
+    alignas(64) float sums[kMaxBlocks][kBlockSums];
+    Source sources[kMaxBlocks];
+    for (int64_t b = 0; b < blocks; ++b) sources[b].start(w, first + b);
+    __builtin_memset(sums, 0, static_cast<size_t>(blocks) * sizeof *sums);
+    const int64_t elements = Source::elements(w), tile_elements = Source::tile_elements(w);
+    const int64_t weight_tiles = (elements + tile_elements - 1) / tile_elements;
+    const int64_t tiles = losa::token_tile_count(tokens);
+    for (int64_t t = 0, k = 0; t < weight_tiles; ++t, k += tile_elements) {
+      const int64_t columns = elements - k < tile_elements ? elements - k : tile_elements;
+      for (int64_t b = 0; b < blocks; ++b)
+        sources[b].template expand<Product::kNeedsRowMasks>(columns, &weights[b]);
+      for (int64_t i = 0; i < tiles; ++i) {
+        const losa::TokenTile tile = losa::token_tile(tokens, i);
+        const Element* x = packed + tile.first * elements + k * tile.width;
+        const float* scales = packed_scales + tile.first * weight_tiles + t * tile.width;
+        for (int64_t b = 0; b < blocks; b += 2)
+          Product::add(&weights[b], blocks - b > 1 ? 2 : 1, columns, x, tile, scales,
+                       sums[b] + tile.first * losa::kBlockRows);
+      }
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t first_row = (first + b) * losa::kBlockRows;
+      for (int64_t i = 0; i < tiles; ++i) {
+        const losa::TokenTile tile = losa::token_tile(tokens, i);
+        Product::store(sums[b] + tile.first * losa::kBlockRows, tile, w.rows - first_row,
+                       y + tile.first * w.rows + first_row, w.rows);
+      }
+    }
+  }
+};

@@ -1,0 +1,92 @@
+// int8 and int4 weights for few tokens (avx512_decode.h).
+
+template <class Steps, class Elements>
+struct IntegerDecode {
+  template <int Tokens>
+  class Kernel {
+   public:
+    static constexpr int64_t kPanelColumns = panel_columns(Tokens, 4 / Elements::kOfStep);
+    using Walk = Steps;
+
+    void fill(const losa::RoundedTokens& x, int64_t first, int64_t count) {
+      const int64_t first_group = first / x.group, groups = (count + x.group - 1) / x.group;
+#pragma GCC unroll 1
+      for (int t = 0; t < Tokens; ++t) {
+        scales_[t] = x.token_scales(t) + first_group;
+        const int16_t* from = x.token(t) + first;
+        int32_t* to = elements_[t];
+        for (int64_t group = 0; group < groups; ++group) {
+          __m512i start = _mm512_setzero_si512();
+          for (int64_t k = 0; k < x.group; k += 32, from += 32, to += 32 / 4 * Elements::kOfStep)
+            start = _mm512_add_epi32(start, Elements::arrange(from, to));
+          starts_[t][group] = _mm512_reduce_add_epi32(start);
+        }
+      }
+    }
+
+    void block(const losa::Weight& w, int64_t index, int64_t first, int64_t count, Walk& walk, float* y) const {
+      Steps steps = walk;
+      const uint16_t* scales = w.block_scales(index) + first / w.group * losa::kBlockRows;
+      __m512 results[Tokens];
+#pragma GCC unroll 8
+      for (int t = 0; t < Tokens; ++t)
+        results[t] = first == 0 ? _mm512_setzero_ps() : load_results(w, index, t, y);
+      const int32_t* x = elements_[0];
+      for (int64_t group = 0; count > 0; ++group, count -= w.group, scales += losa::kBlockRows) {
+        const int64_t group_steps = ((count < w.group ? count : w.group) + 3) / 4;
+        __m512i sums[Tokens];
+        add_group(steps, x, group, group_steps, sums);
+        x += group_steps * Elements::kOfStep;
+        const __m512 weight_scales = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
+#pragma GCC unroll 8
+        for (int t = 0; t < Tokens; ++t) {
+          const __m512 both = _mm512_mul_ps(weight_scales, _mm512_set1_ps(scales_[t][group]));
+          results[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t]), both, results[t]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int t = 0; t < Tokens; ++t) store_results(w, index, t, results[t], y);
+      walk = steps;
+    }
+
+   private:
+    // So many sums of a token that no multiply-add waits for the one before.
+    static constexpr int kPartial = Tokens == 1 ? 4 : Tokens <= 4 ? 2 : 1;
+    static constexpr int64_t kStride = kPanelColumns / 4 * Elements::kOfStep + 16;  // one line off a page
+
+    LOSA_INLINE void add_group(Steps& steps, const int32_t* x, int64_t group, int64_t count,
+                               __m512i (&totals)[Tokens]) const {
+      __m512i sums[Tokens][kPartial];
+#pragma GCC unroll 8
+      for (int t = 0; t < Tokens; ++t) {
+        sums[t][0] = _mm512_set1_epi32(starts_[t][group]);
+#pragma GCC unroll 4
+        for (int p = 1; p < kPartial; ++p) sums[t][p] = _mm512_setzero_si512();
+      }
+      int64_t step = 0;
+      for (; step + 4 <= count; step += 4, x += 4 * Elements::kOfStep) {
+        steps.prefetch();
+#pragma GCC unroll 4
+        for (int turn = 0; turn < 4; ++turn)
+          Elements::add_step(steps.next(), x + turn * Elements::kOfStep, kStride, turn, sums);
+      }
+#pragma GCC unroll 1
+      for (; step < count; ++step, x += Elements::kOfStep) Elements::add_step(steps.next(), x, kStride, 0, sums);
+#pragma GCC unroll 8
+      for (int t = 0; t < Tokens; ++t) {
+        totals[t] = sums[t][0];
+#pragma GCC unroll 4
+        for (int p = 1; p < kPartial; ++p) totals[t] = _mm512_add_epi32(totals[t], sums[t][p]);
+      }
+    }
+
+    alignas(64) int32_t elements_[Tokens][kStride];
+    int32_t starts_[Tokens][kPanelColumns / 32];
+    const float* scales_[Tokens];
+  };
+
+  static void run(const losa::Weight& w, losa::BlockRange blocks, const losa::RoundedTokens& x, int64_t tokens,
+                  float* y) {
+    decode_tokens<Kernel>(w, blocks, x, tokens, y);
+  }
+};

@@ -1,0 +1,136 @@
+// Activations of 16 or 8 bits, and how a step of weights meets them. An element is what one lane of a multiply-add
+// takes: a pair of 16-bit integers (vpdpwssd), or four bytes (vpdpbusd).
+//
+// A pair is of every other column: of a step's columns 0 to 3, the first pair has 0 and 2, the second 1 and 3, since
+// even and odd bytes become 16-bit integers without a shuffle.
+//
+// vpdpbusd wants one side unsigned, and taking even bytes is cheapest so, too. What is added to a side, 128, comes off
+// again as 128 times the sum of the other side, which is where the sums of a group start. All of it is exact in int32.
+
+//
+// kWideCost is what WideProduct takes, as skip_cost() counts (avx512_products.h). A prototype reached the given share of
+// a Zen 4's best rate; but with bytes skipping paid only from where 0.82 to 0.87 of the fours were kept, so that some 5 %
+// are taken off what those shares say. Not measured since.
+
+/// What prefill's products (avx512_products.h) want of either kind.
+struct IntegerElements {
+  using Element = int32_t;
+  using Vector = __m512i;
+  using Sums = __m512i;
+
+  static Vector broadcast(const int32_t* p) { return _mm512_set1_epi32(*p); }
+  template <int Lanes>
+  static Vector load(const int32_t* p) {
+    if constexpr (Lanes == kVectorLanes) return _mm512_loadu_si512(p);
+    return _mm512_maskz_loadu_epi32(kLaneMask<Lanes>, p);
+  }
+  template <int Lanes>
+  static Sums begin(const float*, Sums start) { return start; }
+  static __m512 scale(const float* p) { return _mm512_set1_ps(*p); }
+  template <int Lanes>
+  static __m512 scales(const float* p) { return load_floats<Lanes>(p); }
+  template <int Lanes>
+  static void finish(float* sums, Sums total, __m512 a, __m512 b) {
+    const __m512 so_far = load_floats<Lanes>(sums);
+    store_floats<Lanes>(sums, _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), _mm512_mul_ps(a, b), so_far));
+  }
+};
+
+struct Pairs : IntegerElements {
+  static constexpr int kOfStep = 2;
+  static constexpr double kWideCost = 1.3;  // 73 %
+
+  // Decoding: x stays signed, weights in even columns get the 128.
+
+  /// 32 columns of one token as elements; returns 16 parts of what the sum of a group starts at.
+  LOSA_INLINE static __m512i arrange(const int16_t* from, int32_t* to) {
+    const __m512i x = _mm512_shuffle_epi8(_mm512_loadu_si512(from), _mm512_broadcast_i32x4(swap_inner()));
+    _mm512_store_si512(to, x);
+    return _mm512_madd_epi16(x, _mm512_set1_epi64(0xff80ff80));  // of each step, -128 times the first pair
+  }
+
+  /// sums[t] += a step times the elements of each token at x[t * stride]. `turn` says which of the partial sums are
+  /// due.
+  template <int Tokens, int Partial>
+  LOSA_INLINE static void add_step(__m512i step, const int32_t* x, int64_t stride, int turn,
+                                   __m512i (&sums)[Tokens][Partial]) {
+    constexpr int kXorAnd = 0x28;  // (a ^ b) & c
+    const __m512i even = _mm512_ternarylogic_epi32(step, _mm512_set1_epi16(0x80), _mm512_set1_epi16(0xff), kXorAnd);
+    const __m512i odd = _mm512_srai_epi16(step, 8);
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t) {
+      add_pairs(sums[t][2 * turn % Partial], even, x + t * stride);
+      add_pairs(sums[t][(2 * turn + 1) % Partial], odd, x + t * stride + 1);
+    }
+  }
+
+  // Prefill: all signed, nothing to come off.
+
+  LOSA_INLINE static void widen(__m512i step, int32_t* to, __m512i&) {
+    _mm512_store_si512(to, _mm512_srai_epi16(_mm512_slli_epi16(step, 8), 8));
+    _mm512_store_si512(to + kVectorLanes, _mm512_srai_epi16(step, 8));
+  }
+  static void set_starts(WeightTile<int32_t>*, __m512i) {}
+  static Sums starts(const WeightTile<int32_t>&) { return _mm512_setzero_si512(); }
+  static Sums start(const WeightTile<int32_t>&, int) { return _mm512_setzero_si512(); }
+  /// Eight elements of a token's activations, from element `first` on.
+  LOSA_INLINE static __m256i piece(const int16_t* x, int64_t first) {
+    return _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 2 * first)),
+                               _mm256_broadcastsi128_si256(swap_inner()));
+  }
+  static Sums multiply_add(Vector weight, Vector x, Sums sums) {
+    add_pairs(sums, weight, x);
+    return sums;
+  }
+
+ private:
+  /// Of four 16-bit integers the inner two change places.
+  LOSA_INLINE static __m128i swap_inner() {
+    return _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+  }
+};
+
+struct Quads : IntegerElements {
+  static constexpr int kOfStep = 1;
+  static constexpr double kWideCost = 1.45;  // 65 %
+
+  // Decoding: x stays signed, all weights get the 128.
+
+  LOSA_INLINE static __m512i arrange(const int16_t* from, int32_t* to) {
+    const __m512i x = _mm512_loadu_si512(from);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi16_epi8(x));
+    return _mm512_madd_epi16(x, _mm512_set1_epi16(-128));
+  }
+
+  template <int Tokens, int Partial>
+  LOSA_INLINE static void add_step(__m512i step, const int32_t* x, int64_t stride, int turn,
+                                   __m512i (&sums)[Tokens][Partial]) {
+    const __m512i above = _mm512_xor_si512(step, _mm512_set1_epi8(-128));
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t) add_quads(sums[t][turn % Partial], above, x + t * stride);
+  }
+
+  // Prefill: x gets the 128, so that an absent element of weights adds nothing and may be skipped.
+
+  /// `excess` grows by 128 times each row's levels.
+  LOSA_INLINE static void widen(__m512i step, int32_t* to, __m512i& excess) {
+    _mm512_store_si512(to, step);
+    add_quads(excess, _mm512_set1_epi8(-128), step);
+  }
+  static void set_starts(WeightTile<int32_t>* tile, __m512i excess) {
+    _mm512_store_si512(tile->weights + kStarts, _mm512_sub_epi32(_mm512_setzero_si512(), excess));
+  }
+  static Sums starts(const WeightTile<int32_t>& tile) { return _mm512_load_si512(tile.weights + kStarts); }
+  static Sums start(const WeightTile<int32_t>& tile, int row) { return broadcast(tile.weights + kStarts + row); }
+  LOSA_INLINE static __m256i piece(const int16_t* x, int64_t first) {
+    const __m256i narrow = _mm512_cvtepi16_epi8(_mm512_loadu_si512(x + 4 * first));
+    return _mm256_xor_si256(narrow, _mm256_set1_epi8(-128));
+  }
+  static Sums multiply_add(Vector weight, Vector x, Sums sums) {
+    add_quads(sums, x, weight);
+    return sums;
+  }
+
+ private:
+  static constexpr int64_t kStarts = losa::kMaxGroup / 4 * losa::kBlockRows;  // in a tile, behind a group's elements
+};

@@ -1,0 +1,62 @@
+// The row for AVX-512 as of Ice Lake and Zen 4, which expands bytes (VBMI2) and sums up their products (VNNI): int8,
+// int4 and bf16.
+#include <immintrin.h>
+
+#include "losa/kernel_table.h"
+#include "losa/numbers.h"
+#include "losa/token_tiles.h"
+
+namespace losa {
+
+extern const IntegerKernels kVnniInt8, kVnniInt4;
+
+namespace {
+
+#include "losa/loops/expand.h"
+#include "losa/loops/bf16.h"
+#include "losa/loops/prefill.h"
+#include "losa/loops/avx512_instructions.h"
+#include "losa/loops/avx512_lanes.h"
+#include "losa/loops/avx512_prefill.h"
+#include "losa/loops/avx512_products.h"
+#include "losa/loops/avx512_decode.h"
+#include "losa/loops/avx512_floats.h"
+#include "losa/loops/avx512_bf16.h"
+#include "losa/loops/vnni_round.h"
+
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
+}
+
+void bf16_decode(const Weight& w, BlockRange blocks, const float* x, int64_t tokens, float* y) {
+  if (w.dense())
+    FloatDecode<DenseBf16<BfloatPairs>>::run(w, blocks, x, tokens, y);
+  else
+    FloatDecode<Bf16<BfloatPairs>>::run(w, blocks, x, tokens, y);
+}
+
+void bf16_prefill(const Weight& w, BlockRange blocks, const float* packed, int64_t tokens, float* y) {
+  if (w.dense())
+    prefill_floats<DenseBf16<BfloatPairs>, WideProduct>(w, blocks, packed, tokens, y);
+  else
+    prefill_sparse_floats<Bf16<BfloatPairs>>(w, blocks, packed, tokens, y);
+}
+
+}  // namespace
+
+const KernelRow kAvx512VnniRow = {
+    "avx512vnni",
+    supported,
+    {},  // fp32
+    {bf16_decode, bf16_prefill, pack<Floats>, kMaxDecodeTokens + 1},
+    kVnniInt8,
+    kVnniInt4,
+    round_tokens,
+    nullptr,  // gate
+};
+
+}  // namespace losa
