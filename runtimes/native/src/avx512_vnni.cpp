@@ -8,7 +8,12 @@
 
 namespace losa {
 
-extern const IntegerKernels kVnniInt8, kVnniInt4;
+// As functions, whose addresses are known when the row is linked: filled at run time, it would be filled when the
+// library is loaded, with AVX-512 instructions, on any processor.
+void vnni_int8_decode(const Weight& w, BlockRange blocks, const RoundedTokens& x, int64_t tokens, float* y);
+void vnni_int4_decode(const Weight& w, BlockRange blocks, const RoundedTokens& x, int64_t tokens, float* y);
+void vnni_int8_prefill(const Weight& w, BlockRange blocks, const PackedTokens& packed, int64_t tokens, float* y);
+void vnni_int4_prefill(const Weight& w, BlockRange blocks, const PackedTokens& packed, int64_t tokens, float* y);
 
 namespace {
 
@@ -22,6 +27,8 @@ namespace {
 #include "losa/loops/avx512_decode.h"
 #include "losa/loops/avx512_floats.h"
 #include "losa/loops/avx512_bf16.h"
+#include "losa/loops/vnni_elements.h"
+#include "losa/loops/vnni_pack.h"
 #include "losa/loops/vnni_round.h"
 
 bool supported() {
@@ -53,8 +60,8 @@ const KernelRow kAvx512VnniRow = {
     supported,
     {},  // fp32
     {bf16_decode, bf16_prefill, pack<Floats>, kMaxDecodeTokens + 1},
-    kVnniInt8,
-    kVnniInt4,
+    {vnni_int8_decode, vnni_int8_prefill, pack_integers, kMaxDecodeTokens + 1},
+    {vnni_int4_decode, vnni_int4_prefill, pack_integers, kMaxDecodeTokens + 1},
     round_tokens,
     nullptr,  // gate
 };

@@ -6,12 +6,19 @@
 
 namespace losa {
 
-extern const IntegerKernels kVnniInt4;
+void vnni_int4_decode(const Weight& w, BlockRange blocks, const RoundedTokens& x, int64_t tokens, float* y);
+void vnni_int4_prefill(const Weight& w, BlockRange blocks, const PackedTokens& packed, int64_t tokens, float* y);
 
 namespace {
 #include "losa/loops/vnni_kernels.h"
 }  // namespace
 
-const IntegerKernels kVnniInt4 = kVnniKernels<SparseInt4, DenseInt4>;
+void vnni_int4_decode(const Weight& w, BlockRange blocks, const RoundedTokens& x, int64_t tokens, float* y) {
+  decode_integers<SparseInt4, DenseInt4>(w, blocks, x, tokens, y);
+}
+
+void vnni_int4_prefill(const Weight& w, BlockRange blocks, const PackedTokens& packed, int64_t tokens, float* y) {
+  prefill_integers<SparseInt4, DenseInt4>(w, blocks, packed, tokens, y);
+}
 
 }  // namespace losa

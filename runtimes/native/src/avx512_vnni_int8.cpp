@@ -6,12 +6,19 @@
 
 namespace losa {
 
-extern const IntegerKernels kVnniInt8;
+void vnni_int8_decode(const Weight& w, BlockRange blocks, const RoundedTokens& x, int64_t tokens, float* y);
+void vnni_int8_prefill(const Weight& w, BlockRange blocks, const PackedTokens& packed, int64_t tokens, float* y);
 
 namespace {
 #include "losa/loops/vnni_kernels.h"
 }  // namespace
 
-const IntegerKernels kVnniInt8 = kVnniKernels<SparseInt8, DenseInt8>;
+void vnni_int8_decode(const Weight& w, BlockRange blocks, const RoundedTokens& x, int64_t tokens, float* y) {
+  decode_integers<SparseInt8, DenseInt8>(w, blocks, x, tokens, y);
+}
+
+void vnni_int8_prefill(const Weight& w, BlockRange blocks, const PackedTokens& packed, int64_t tokens, float* y) {
+  prefill_integers<SparseInt8, DenseInt8>(w, blocks, packed, tokens, y);
+}
 
 }  // namespace losa

@@ -54,10 +54,8 @@ struct FloatDecode {
 
     void fill(const FloatTokens& x, int64_t first, int64_t count) {
 #pragma GCC unroll 1
-      for (int t = 0; t < Tokens; ++t) {
+      for (int t = 0; t < Tokens; ++t)
         __builtin_memcpy(x_[t], x.from(t).values + first, static_cast<size_t>(count) * sizeof(float));
-        for (int64_t k = count; k % kWordColumns != 0; ++k) x_[t][k] = 0.0f;
-      }
     }
 
     void block(const losa::Weight& w, int64_t index, int64_t first, int64_t count, Walk& walk, float* y) const {
@@ -73,11 +71,11 @@ struct FloatDecode {
       for (; count >= kWordColumns; count -= kWordColumns, x += kWordColumns) {
         __builtin_prefetch(static_cast<const char*>(words.values()) + kPrefetchFloats);
         __builtin_prefetch(static_cast<const char*>(words.values()) + kPrefetchFloats + 64);
-        add_word(words.next(), x, sums);
+        add_word(words.next(), kWordColumns, x, sums);
       }
       if (count > 0) {
         uint8_t padded[8];
-        add_word(words.last(count, padded), x, sums);
+        add_word(words.last(count, padded), count, x, sums);
       }
 #pragma GCC unroll 8
       for (int t = 0; t < Tokens; ++t) {
@@ -94,14 +92,18 @@ struct FloatDecode {
     static constexpr int kPartial = Tokens == 1 ? 4 : Tokens <= 3 ? 2 : 1;
     static constexpr int64_t kStride = kPanelColumns + 16;  // one line off a page
 
+    /// The first `columns` of a word.
     template <class Word>
-    LOSA_INLINE static void add_word(const Word& word, const float* x, __m512 (&sums)[Tokens][kPartial]) {
+    LOSA_INLINE static void add_word(const Word& word, int64_t columns, const float* x,
+                                     __m512 (&sums)[Tokens][kPartial]) {
 #pragma GCC unroll 4
       for (int i = 0; i < kWordColumns / From::kTogether; ++i) {
+        if (i * From::kTogether >= columns) return;
         const typename From::Packed packed = From::packed(word, i, 0);
 #pragma GCC unroll 2
         for (int j = 0; j < From::kTogether; ++j) {
           const int column = i * From::kTogether + j;
+          if (column >= columns) return;
           const __m512 weights = From::column(packed, j);
 #pragma GCC unroll 8
           for (int t = 0; t < Tokens; ++t) {

@@ -39,23 +39,9 @@ class IntegerSource {
   const uint16_t* scales_;
 };
 
-/// Tile `index` of tokens, [element][token], and its scales.
-template <class Elements>
-static void pack_rounded(const losa::Weight& w, const losa::RoundedTokens& x, int64_t tokens, int64_t index,
-                         const losa::PackedTokens& packed) {
-  const losa::TokenTile tile = losa::token_tile(tokens, index);
-  const int64_t elements = w.steps() * Elements::kOfStep;
-  const auto piece = [&](int64_t token, int64_t first) { return Elements::piece(x.token(tile.first + token), first); };
-  pack_pieces(piece, tile, elements, static_cast<int32_t*>(packed.values) + tile.first * elements);
-  float* scales = packed.scales + tile.first * x.groups();
-  for (int64_t group = 0; group < x.groups(); ++group, scales += tile.width)
-    for (int64_t t = 0; t < tile.width; ++t)
-      scales[t] = t < tile.tokens ? x.token_scales(tile.first + t)[group] : 0.0f;
-}
-
 template <class Steps, class Elements, template <class> class Product>
-static void prefill_integers(const losa::Weight& w, losa::BlockRange blocks, const losa::PackedTokens& packed,
-                        int64_t tokens, float* y) {
+static void prefill_with(const losa::Weight& w, losa::BlockRange blocks, const losa::PackedTokens& packed,
+                         int64_t tokens, float* y) {
   PrefillPairs<IntegerSource<Steps, Elements>, Product<Elements>>::run(
       w, blocks, static_cast<const int32_t*>(packed.values), packed.scales, tokens, y);
 }
