@@ -24,7 +24,7 @@ bool supported() {
 
 }  // namespace
 
-const KernelRow kAvx512Row = {
+constexpr KernelRow kAvx512Row = {
     "avx512",
     supported,
     {FloatDecode<Fp32<Floats>>::run, prefill_sparse_floats<Fp32<Floats>>, pack<Floats>, kMaxDecodeTokens + 1},

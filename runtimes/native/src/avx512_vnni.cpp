@@ -8,8 +8,8 @@
 
 namespace losa {
 
-// As functions, whose addresses are known when the row is linked: filled at run time, it would be filled when the
-// library is loaded, with AVX-512 instructions, on any processor.
+// Functions have constant addresses. A row with parts copied from elsewhere would be filled when the library is loaded,
+// with AVX-512 instructions, on any processor; constexpr forbids it.
 void vnni_int8_decode(const Weight& w, BlockRange blocks, const RoundedTokens& x, int64_t tokens, float* y);
 void vnni_int4_decode(const Weight& w, BlockRange blocks, const RoundedTokens& x, int64_t tokens, float* y);
 void vnni_int8_prefill(const Weight& w, BlockRange blocks, const PackedTokens& packed, int64_t tokens, float* y);
@@ -55,7 +55,7 @@ void bf16_prefill(const Weight& w, BlockRange blocks, const float* packed, int64
 
 }  // namespace
 
-const KernelRow kAvx512VnniRow = {
+constexpr KernelRow kAvx512VnniRow = {
     "avx512vnni",
     supported,
     {},  // fp32

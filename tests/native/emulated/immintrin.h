@@ -324,7 +324,9 @@ EMULATED __m512i _mm512_inserti64x4(__m512i a, __m256i b, int half) {
 // ---- 256 and 128 bits ----
 
 EMULATED __m256i _mm256_loadu_si256(const __m256i* from) { return emulated::load<__m256i>(from); }
-EMULATED void _mm256_storeu_si256(__m256i* to, __m256i value) { std::memcpy(static_cast<void*>(to), &value, sizeof value); }
+EMULATED void _mm256_storeu_si256(__m256i* to, __m256i value) {
+  std::memcpy(static_cast<void*>(to), &value, sizeof value);
+}
 EMULATED void _mm256_store_si256(__m256i* to, __m256i value) { emulated::store_aligned(to, value); }
 EMULATED __m256i _mm256_setzero_si256() { return {}; }
 EMULATED __m256i _mm256_set1_epi8(char value) {

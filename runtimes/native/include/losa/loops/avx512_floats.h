@@ -130,8 +130,8 @@ static void prefill_floats(const losa::Weight& w, losa::BlockRange blocks, const
   PrefillPairs<FloatSource<Floats, From>, Product<Floats>>::run(w, blocks, packed, packed, tokens, y);
 }
 
-// What WideProduct takes, as skip_cost() counts. A prototype on a Zen 4 had, in GFLOP/s of the 114 that one core has: the
-// wide product 94; skipping at density 1.0 65, 0.5 122, 0.3 184. The two cross near 0.65.
+// What WideProduct takes, as skip_cost() counts. A prototype gave, in GFLOP/s of the 114 that a core of a Zen 4 has: the
+// wide product 94; skipping 65 at density 1.0, 122 at 0.5, 184 at 0.3. The two cross near 0.65.
 constexpr double kWideFloatsCost = 1.1;
 
 template <class From>

@@ -27,8 +27,8 @@ LOSA_INLINE static __mmask16 row_mask(int64_t count) {
 
 /// Indices for transpose8: a vector holds row i and, above it, row i + 4.
 struct TransposeTable {
-  alignas(64) int32_t pairs[2][kVectorLanes];   // columns 0..3 and 4..7 of two such vectors: rows i, i + 1, i + 4, i + 5
-  alignas(64) int32_t eights[2][kVectorLanes];  // columns 0, 1 and 2, 3 of two of those: rows 0..7
+  alignas(64) int32_t pairs[2][kVectorLanes];   // of two such vectors, columns 0..3 and 4..7: four rows each
+  alignas(64) int32_t eights[2][kVectorLanes];  // of two of those, the first two columns and the others: eight rows
   constexpr TransposeTable() : pairs(), eights() {
     for (int half = 0; half < 2; ++half) {
       for (int column = 0; column < 4; ++column) {

@@ -2,8 +2,8 @@
 
 constexpr int64_t kBlockSums = losa::kBlockRows * losa::kPrefillTokens;
 
-/// Source is as in prefill.h, Product as in avx512_products.h. `packed_scales`, of integers only: for each tile of tokens
-/// and each tile of weights, one float a token.
+/// Source is as in prefill.h, Product as in avx512_products.h. `packed_scales`, of integers only: for each tile of
+/// tokens and each tile of weights, one float a token.
 template <class Source, class Product>
 struct PrefillPairs {
   using Element = typename Source::Element;

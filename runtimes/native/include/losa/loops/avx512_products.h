@@ -168,8 +168,8 @@ struct SparseProduct {
 
 /// What SparseProduct takes for each element of a row and 16 tokens, where a multiply-add at the processor's best rate
 /// takes 1, if it keeps `kept_share` of the elements. A prototype of it took 1.7 for each kept one, on a Zen 4 with 64
-/// tokens (shared loads and few registers keep it from 1.25). How that grows for narrower tiles is reasoned, not
-/// measured: 2 for finding an element, and 1.2 for each vector of tokens.
+/// tokens. How that grows for narrower tiles is reasoned, not measured: 2 for finding an element, and 1.2 for each
+/// vector of tokens.
 inline double skip_cost(double kept_share, int64_t tokens) {
   const int64_t width = losa::token_tile(tokens, losa::token_tile_count(tokens) - 1).width;  // of the narrowest
   const int64_t vectors = (width + kVectorLanes - 1) / kVectorLanes;

@@ -8,9 +8,9 @@
 // again as 128 times the sum of the other side, which is where the sums of a group start. All of it is exact in int32.
 
 //
-// kWideCost is what WideProduct takes, as skip_cost() counts (avx512_products.h). A prototype reached the given share of
-// a Zen 4's best rate; but with bytes skipping paid only from where 0.82 to 0.87 of the fours were kept, so that some 5 %
-// are taken off what those shares say. Not measured since.
+// kWideCost is what WideProduct takes, as skip_cost() counts (avx512_products.h). A prototype of it reached the given
+// share of a Zen 4's best rate; but with bytes, skipping began to pay only where 0.82 to 0.87 of the fours were kept, so
+// that some 5 % are taken off what those shares say. Not measured since.
 
 /// What prefill's products (avx512_products.h) want of either kind.
 struct IntegerElements {
