@@ -12,7 +12,7 @@ from losa_export.errors import BenchmarkError, GateError
 from losa_export.eval.answers import Answers, Workload
 from losa_export.eval.bench_report import AnswerCheck, AnswerMode, Side, SideCheck
 from losa_export.eval.engine import Engine
-from losa_export.eval.parity import GateReport, GateThresholds, compare
+from losa_export.eval.parity import GateReport, GateThresholds, compare, thresholds_for
 from losa_export.runtimes.base import RuntimeName
 
 if TYPE_CHECKING:
@@ -25,13 +25,15 @@ SECOND_ENGINE: dict[RuntimeName, RuntimeName] = {"ort": "ort-stock", "ort-stock"
 def choose_mode(option: AnswerOption, candidate: Path, baseline: Path) -> tuple[AnswerMode, str]:
     """Whether the two folders must answer alike, and what decided it.
 
-    'same' and 'own' hold as given; 'auto' looks at the digests of the source weights that both folders'
-    export.json record, and is 'same' where one of them records none.
+    'same' and 'own' hold as given; 'auto' looks at what both folders' export.json record: it is 'own' where their
+    weights are of different types or sources, and 'same' where one does not say.
 
-    Returns: the mode, and 'option', 'weights digest' or 'default'.
+    Returns: the mode, and 'option', 'value types', 'weights digest' or 'default'.
     """
     if option != "auto":
         return option, "option"
+    if _rounding(candidate) != _rounding(baseline):
+        return "own", "value types"
     digests = [source_digest(folder) for folder in (candidate, baseline)]
     if None in digests:
         return "same", "default"
@@ -40,12 +42,30 @@ def choose_mode(option: AnswerOption, candidate: Path, baseline: Path) -> tuple[
 
 def source_digest(folder: Path) -> str | None:
     """Digest of the weights an export was made from, by its export.json; None if it does not say."""
+    source = _manifest(folder).get("source")
+    digest = source.get("weights_sha256") if isinstance(source, dict) else None
+    return digest if isinstance(digest, str) else None
+
+
+def _manifest(folder: Path) -> dict[str, object]:
     try:
         manifest = json.loads((folder / "export.json").read_text(encoding="utf-8"))
-        digest = manifest["source"]["weights_sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return digest if isinstance(digest, str) else None
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _rounding(folder: Path) -> tuple[object, ...]:
+    """How an export rounded its weights; nothing but 'fp32' for one that did not, or does not say."""
+    manifest = _manifest(folder)
+    types = manifest.get("values") or "fp32", manifest.get("head") or "fp32"
+    return ("fp32",) if types == ("fp32", "fp32") else (*types, manifest.get("group"))
+
+
+def _thresholds(config: BenchConfig, side: Side) -> GateThresholds:
+    """What counts as the same answer of a side's folder in two engines, one of which may round activations."""
+    activations = _manifest(config.folder(side)).get("activations")
+    return thresholds_for(activations) if isinstance(activations, str) else config.thresholds
 
 
 def check_answers(
@@ -72,7 +92,12 @@ def check_answers(
     if mode == "same":
         hint = "; if the two hold different weights on purpose, say --answers own"
         side_check = _hold(
-            engines["candidate"], engines["baseline"], config.label("baseline"), workload, config.thresholds, hint
+            engines["candidate"],
+            engines["baseline"],
+            config.label("baseline"),
+            workload,
+            _thresholds(config, "candidate"),
+            hint,
         )
         return AnswerCheck(mode, decided_by, candidate=side_check, baseline=None)
     checks: dict[Side, SideCheck | None] = {"candidate": None, "baseline": None}
@@ -81,7 +106,7 @@ def check_answers(
         if name is None:
             continue
         with closing(another(side, name)) as second:
-            checks[side] = _hold(engine, second, f"the same files in {name}", workload, config.thresholds, "")
+            checks[side] = _hold(engine, second, f"the same files in {name}", workload, _thresholds(config, side), "")
     return AnswerCheck(mode, decided_by, candidate=checks["candidate"], baseline=checks["baseline"])
 
 

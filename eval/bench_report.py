@@ -119,7 +119,7 @@ class AnswerCheck:
 
     Attributes:
         mode: 'same': candidate against baseline; 'own': each against another engine on its own folder.
-        decided_by: 'option', 'weights digest' or 'default'.
+        decided_by: 'option', 'value types', 'weights digest' or 'default'.
         candidate: None where no other engine can open the folder.
         baseline: None in mode 'same' (it is the reference), and where no other engine can open the folder.
     """

@@ -8,6 +8,7 @@ constant matrix, the head included, as MatMulNBits with accuracy level 4, ONNX R
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,10 @@ import numpy as np
 
 from losa_export.checkpoint import copy_companions
 from losa_export.errors import ConfigError, FormatError, LosaError
-from losa_export.files import check_output, input_folder, output_folder
+from losa_export.files import check_output, input_folder, output_folder, write_text_atomic
 from losa_export.graph.external import DATA_FILE, MODEL_FILE, ModelFolder, check_external_data
 from losa_export.graph.genai import GENAI_FILE
+from losa_export.graph.manifest import MANIFEST_FILE
 from losa_export.progress import Progress
 
 BITS = (4, 8)
@@ -66,6 +68,10 @@ def quantise_dense(source: Path, output: Path, *, bits: int = 4, block: int = 32
             model.proto, str(folder / MODEL_FILE), save_as_external_data=True, location=DATA_FILE, size_threshold=1024
         )
         copy_companions(source, folder)
+        # What 'losa bench' wants to know: other weights than the source's, and how exact the answers can be.
+        kind = f"int{bits}, blocks of {block}"
+        record = {"format": "losa-dense-peer-1", "values": kind, "head": kind, "activations": "int8"}
+        write_text_atomic(folder / MANIFEST_FILE, json.dumps(record, indent=2) + "\n")
         if (source / GENAI_FILE).is_file():
             (folder / GENAI_FILE).write_bytes((source / GENAI_FILE).read_bytes())
     return len(products)

@@ -161,19 +161,10 @@ def _gate_against_stock(folder: Path, truth: Reference, runtime: OrtRuntime, typ
 
 
 def _thresholds(runtime: OrtRuntime, types: StoredTypes) -> GateThresholds:
-    """What still counts as the same answer, for weights that are the same to the last bit.
+    """What still counts as the same answer, for weights that are the same to the last bit."""
+    from losa_export.eval.parity import thresholds_for
 
-    Our kernels round activations for int8 and int4 weights. To 16 bits this leaves errors of some 2e-3 and a KL of
-    1e-6 on SmolLM2-135M, so a wrong graph still stands out. To 8 bits it leaves 0.4 and 0.08: then only gross errors
-    do, and the kernels' own tests must speak for the rest.
-    """
-    from losa_export.eval.parity import GateThresholds
-
-    if runtime.name == "ort-stock" or types.activations is None:
-        return GateThresholds()
-    if types.activations == "int16":
-        return GateThresholds(max_relative_error=1e-2, max_kl=1e-4, tie_margin=2e-3)
-    return GateThresholds(max_relative_error=2.0, max_kl=0.5, tie_margin=0.1)
+    return thresholds_for(None if runtime.name == "ort-stock" else types.activations)
 
 
 def _stored_reference(source: Path) -> Reference:

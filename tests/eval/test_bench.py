@@ -16,6 +16,7 @@ from losa_export.eval.answer_check import choose_mode, source_digest
 from losa_export.eval.bench import BenchConfig, bench, compare_sides, mark_disturbed
 from losa_export.eval.bench_report import SCHEMA_VERSION, read_bench
 from losa_export.eval.machine import machine_record
+from losa_export.eval.parity import GateThresholds, thresholds_for
 from losa_export.eval.report import bench_markdown, bench_notes, bench_rows, print_bench
 from losa_export.eval.stats import Verdict
 from losa_export.eval.worker import EngineSession, RawSample
@@ -218,6 +219,27 @@ def test_the_mode_follows_the_digests_of_the_source_weights(folders):
         (folder / "export.json").write_text(json.dumps({"source": {"weights_sha256": digest}}))
     assert choose_mode("auto", *folders) == ("own", "weights digest")
     assert choose_mode("auto", folders[0], folders[0]) == ("same", "weights digest")
+
+
+def test_exports_that_round_differently_have_own_answers(tmp_path):
+    folders = []
+    for name, types in (("exact", ("fp32", "fp32", None)), ("coarse", ("int8", "int8", 128)), ("plain", (None,) * 3)):
+        folder = tmp_path / name
+        folder.mkdir()
+        record = {"source": {"weights_sha256": "same"}, **dict(zip(("values", "head", "group"), types, strict=True))}
+        (folder / "export.json").write_text(json.dumps(record))
+        folders.append(folder)
+    exact, coarse, plain = folders
+    assert choose_mode("auto", coarse, exact) == ("own", "value types")
+    assert choose_mode("auto", coarse, coarse) == ("same", "weights digest")
+    assert choose_mode("auto", exact, plain) == ("same", "weights digest")
+
+
+def test_rounded_activations_loosen_what_counts_as_the_same():
+    exact, fine, rough = (thresholds_for(name) for name in (None, "int16", "int8"))
+    assert exact == GateThresholds()
+    assert exact.max_relative_error < fine.max_relative_error < rough.max_relative_error < float("inf")
+    assert exact.max_kl < fine.max_kl < rough.max_kl
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"source": 3}', '{"source": {"weights_sha256": 3}}'])
