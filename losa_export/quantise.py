@@ -43,14 +43,16 @@ _LARGEST_SCALE = 65504.0
 # Weights handled at a time: temporaries stay within a few MB, mostly in cache.
 _WEIGHTS_AT_ONCE = 1 << 18
 
-# Weights that codebook and importance are fitted to. More change no level by more than one.
-_SAMPLE_WEIGHTS = 1 << 20
+# Weights that the importance of columns, and that codebooks are fitted to: more do not lower the error. A column's
+# threshold hangs on few of its weights, so it takes more of them.
+_IMPORTANCE_SAMPLE = 1 << 20
+_CODEBOOK_SAMPLE = 1 << 18
 
 # After the first codebook, for absmax scales: further ones, each for the scales that suit the last.
-_CODEBOOK_REFITS = 2
+CODEBOOK_REFITS = 2
 
 # Scales that are tried for each group, in units of the absmax scale, before the fit by least squares.
-_SCALE_TRIALS = (0.7, 0.76, 0.82, 0.88, 0.94, 1.0, 1.06, 1.12)
+_SCALE_TRIALS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2)
 
 # The share of a column's kept weights that may lie below the threshold it is taken to have had.
 _THRESHOLD_QUANTILE = 0.02
@@ -193,7 +195,7 @@ def column_importance(weight: Float32, keep: Bool) -> Float32:
     that a column kept are in inverse proportion to its input. After pruning by magnitude they are the same
     everywhere, and so is the importance; a weight without zeros tells nothing and gets 1.
     """
-    rows = _sampled_rows(weight)
+    rows = _sampled_rows(weight, _IMPORTANCE_SAMPLE)
     kept = keep[rows]
     if kept.all():
         return np.ones(weight.shape[1], dtype=np.float32)
@@ -209,28 +211,45 @@ def column_importance(weight: Float32, keep: Bool) -> Float32:
     return importance
 
 
-def fit_codebook(weight: Float32, keep: Bool, group: int, importance: Float32) -> NDArray[np.int8]:
+def fit_codebook(
+    weight: Float32, keep: Bool, group: int, importance: Float32, *, refits: int = CODEBOOK_REFITS
+) -> NDArray[np.int8]:
     """One codebook for a weight: first for absmax scales, then for the scales that suit the last codebook.
 
-    Args: as `quantise_int4`.
+    Args:
+        weight: as `quantise_int4` takes it.
+        keep: likewise.
+        group: likewise.
+        importance: likewise.
+        refits: codebooks after the first; 0 leaves it at the one for absmax scales.
+
     Returns: (16,) int8, strictly ascending.
     """
-    rows = _sampled_rows(weight)
+    rows = _sampled_rows(weight, _CODEBOOK_SAMPLE)
     codebook = optimal_codebook(_moments(weight, keep, group, importance, rows, None))
-    for _ in range(_CODEBOOK_REFITS):
+    for _ in range(refits):
         codebook = optimal_codebook(_moments(weight, keep, group, importance, rows, codebook))
     return codebook
 
 
 def apply_codebook(
-    weight: Float32, keep: Bool, group: int, codebook: NDArray[np.int8], importance: Float32
+    weight: Float32, keep: Bool, group: int, codebook: NDArray[np.int8], importance: Float32, *, search: bool = True
 ) -> Int4Weight:
-    """Choose scales for a codebook, and the nearest code for each kept weight. Args: as `quantise_int4`."""
+    """Choose scales for a codebook, and the nearest code for each kept weight.
+
+    Args:
+        weight: as `quantise_int4` takes it.
+        keep: likewise.
+        group: likewise.
+        codebook: (16,) int8, ascending.
+        importance: as `quantise_int4` takes it.
+        search: False for absmax scales instead of those that suit the codebook.
+    """
     rows, columns = weight.shape
     codes = np.zeros((rows, columns), dtype=np.uint8)
     scales = np.zeros((rows, -(-columns // group)), dtype=np.float16)
     for part in kept_groups(weight, keep, group, importance):
-        stored = round_scales(suited_scales(part, codebook))
+        stored = round_scales(suited_scales(part, codebook) if search else part.absmax_scales())
         scales[part.rows] = part.spread(stored)
         codes[part.rows][part.keep] = nearest_codes(part.over(stored), codebook)
     return Int4Weight(codes, scales, codebook, group)
@@ -363,9 +382,9 @@ def _moments(
     return moments
 
 
-def _sampled_rows(weight: Float32) -> range:
-    """Rows at even distances that hold about `_SAMPLE_WEIGHTS` weights, or all."""
-    return range(0, len(weight), max(1, -(-weight.size // _SAMPLE_WEIGHTS)))
+def _sampled_rows(weight: Float32, size: int) -> range:
+    """Rows at even distances that hold about `size` weights, or all."""
+    return range(0, len(weight), max(1, -(-weight.size // size)))
 
 
 def _check(weight: Float32, keep: Bool, group: int) -> None:

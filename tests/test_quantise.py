@@ -276,7 +276,8 @@ def test_parts_and_samples_do_not_show(monkeypatch):
     parts = quantise_int4(weight, keep, 64)
     np.testing.assert_array_equal(whole.codebook, parts.codebook)
     np.testing.assert_array_equal(whole.codes, parts.codes)
-    monkeypatch.setattr(quantise, "_SAMPLE_WEIGHTS", weight.size // 4)
+    monkeypatch.setattr(quantise, "_CODEBOOK_SAMPLE", weight.size // 4)
+    monkeypatch.setattr(quantise, "_IMPORTANCE_SAMPLE", weight.size // 2)
     sampled = quantise_int4(weight, keep, 64)
     ratio = relative_error(weight, sampled.dequantise(keep)) / relative_error(weight, whole.dequantise(keep))
     assert ratio < 1.03
