@@ -231,7 +231,7 @@ def thresholds_for(activations: str | None) -> GateThresholds:
     if activations == "int16":
         return GateThresholds(max_relative_error=5e-2, max_kl=1e-3, tie_margin=1e-2)
     if activations == "int8":
-        return GateThresholds(max_relative_error=2.0, max_kl=0.5, tie_margin=0.1)
+        return GateThresholds(max_relative_error=2.0, max_kl=0.5, tie_margin=0.3)
     return GateThresholds()
 
 

@@ -567,7 +567,7 @@ def test_without_torch_rounded_weights_are_held_against_the_stock_engine(
         # errors of the activations, 1/65534 or 1/254 of the largest of a group, through two blocks
         low, high = (0, 1e-3) if activations == "int16" else (1e-3, 0.5)
         assert low < figures["prefill"]["max_relative_error"] < high
-        assert figures["thresholds"]["max_relative_error"] == (1e-2 if activations == "int16" else 2.0)
+        assert figures["thresholds"]["max_relative_error"] == (5e-2 if activations == "int16" else 2.0)
     else:
         assert figures["against"] is None
     assert "rounding: KL" in str(report)
