@@ -127,6 +127,43 @@ def test_kl_divergence_of_known_distributions():
     np.testing.assert_allclose(np.exp(log_softmax(logits)).sum(axis=1), 1, rtol=1e-6)
 
 
+def test_a_page_says_which_bars_were_held():
+    row = {
+        "checkpoint": "m",
+        "head": "fp32",
+        "group": 128,
+        "perplexity": 10.0,
+        "rise_error": 0.001,
+        "kl_divergence": 0.1,
+    }
+    rows = [
+        {**row, "linears": "fp32", "rise_fraction": 0.0},
+        {**row, "linears": "bf16", "rise_fraction": 0.0021},
+        {**row, "linears": codebooks.BUILT_INT8.name, "rise_fraction": -0.01},
+        {**row, "linears": BUILT_INT4.name, "rise_fraction": 0.041},
+    ]
+    error = {"checkpoint": "m", "method": "x", "group": 128, "weight_error": 0.1, "output_error": 0.2}
+    document = {
+        "command": "c",
+        "checkpoints": [{"name": "m", "zeros": 0.5}],
+        "groups": [128],
+        "blocks": [0],
+        "layers": 1,
+        "windows": 2,
+        "built": [],
+        "errors": [error],
+        "perplexity": rows,
+    }
+    page = markdown(document)
+    assert "| x | 0.2000 (0.1000) |" in page
+    exact, *rounded = [line for line in page.splitlines() if line.startswith("| m, 50% zeros |")]
+    assert "held" not in exact
+    assert "missed" not in exact
+    assert "| +0.21% ± 0.10% | 0.2%, missed |" in rounded[0]
+    assert "| -1.00% ± 0.10% | 0.5%, held |" in rounded[1]
+    assert "| 4.0%, missed | 0.10000 |" in rounded[2]
+
+
 def test_geometric_mean():
     assert geometric_mean([0.1, 10.0]) == pytest.approx(1.0)
 
