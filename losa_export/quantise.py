@@ -1,7 +1,6 @@
 """Weights rounded to int8 levels or to a 16-entry int4 codebook, with one float16 scale per row and group of columns.
 
-int8 scales put the largest kept weight of a group at level ±127, or beyond it where that brings weights that matter
-more nearer to a level.
+int8 scales put the largest kept weight of a group at level ±127.
 
 int4 weights share one codebook of int8 levels, and each group has the scale that suits it best. Both come from least
 squares (Lloyd, "Least squares quantization in PCM", 1982; Max, "Quantizing for minimum distortion", 1960), so levels
@@ -19,7 +18,7 @@ All codes are chosen for the scale as it is stored, after rounding to float16.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -55,14 +54,9 @@ CODEBOOK_REFITS = 2
 # Scales that are tried for each group, in units of the absmax scale, before the fit by least squares.
 _SCALE_TRIALS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2)
 
-# For int8: from absmax, as the first and the winner of ties, to clipping.
-_INT8_SCALE_TRIALS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.88, 0.86, 0.84, 0.82, 0.8, 0.78, 0.76, 0.74, 0.72, 0.7)
-
-# The kept weights of a column that may lie below the threshold it is taken to have had, as rows differ in theirs: a
-# share of those kept, and of those pruned, whichever is less.
-_BELOW_KEPT = 0.02
-_BELOW_PRUNED = 0.1
-# No column counts more than 10^4 times the usual.
+# The share of a column's kept weights that may lie below the threshold it is taken to have had.
+_THRESHOLD_QUANTILE = 0.02
+# A kept weight may be exactly zero for no reason; no column counts more than 10^4 times the usual.
 _SMALLEST_THRESHOLD = 0.01
 
 # Half-level cells of the histogram. The border between two integer levels is a multiple of 1/2, so each cell
@@ -155,64 +149,43 @@ class KeptGroups:
         return found
 
 
-def quantise_int8(weight: Float32, keep: Bool, group: int, *, importance: Float32 | None = None) -> Int8Weight:
+def quantise_int8(weight: Float32, keep: Bool, group: int) -> Int8Weight:
     """Round kept weights to int8 levels.
 
     Args:
         weight: (N, K) float32. What stands at pruned positions does not matter.
         keep: (N, K) bool, True = kept; all True for a dense weight.
         group: columns that share a scale, ≥ 1.
-        importance: (K,) ≥ 0, what a squared error in each column costs, best the mean square of the layer's input.
-            None reads it off the weight and its mask.
 
     Raises: FormatError if shapes differ, or a kept weight is not finite or beyond what float16 scales reach.
     """
     _check(weight, keep, group)
-    if importance is None:
-        importance = column_importance(weight, keep)
     rows, columns = weight.shape
     levels = np.zeros((rows, columns), dtype=np.int8)
     scales = np.zeros((rows, -(-columns // group)), dtype=np.float16)
-    # Where all columns count alike, no trial finds more than a percent.
-    trials = _INT8_SCALE_TRIALS if np.ptp(importance) else (1.0,)
-    for part in kept_groups(weight, keep, group, importance):
-        stored = int8_scales(part, trials)
+    for part in kept_groups(weight, keep, group):
+        stored = round_scales(part.absmax_scales())
         scales[part.rows] = part.spread(stored)
-        levels[part.rows][part.keep] = int8_levels(part, stored)
+        levels[part.rows][part.keep] = np.clip(np.rint(part.over(stored)), -LARGEST_LEVEL, LARGEST_LEVEL)
     return Int8Weight(levels, scales, group)
 
 
 def quantise_int4(weight: Float32, keep: Bool, group: int, *, importance: Float32 | None = None) -> Int4Weight:
     """Round kept weights to a codebook fitted to them.
 
-    Args and Raises: as `quantise_int8`.
+    Args:
+        weight: as `quantise_int8` takes it.
+        keep: likewise.
+        group: likewise.
+        importance: (K,) ≥ 0, what a squared error in each column costs, best the mean square of the layer's input.
+            None reads it off the weight and its mask.
+
+    Raises: FormatError as `quantise_int8`.
     """
     _check(weight, keep, group)
     if importance is None:
         importance = column_importance(weight, keep)
     return apply_codebook(weight, keep, group, fit_codebook(weight, keep, group, importance), importance)
-
-
-def int8_levels(part: KeptGroups, scales: NDArray[np.float16]) -> Float32:
-    """The level in [-127, 127] nearest to each value, as float32."""
-    levels: Float32 = np.clip(np.rint(part.over(scales)), -LARGEST_LEVEL, LARGEST_LEVEL)
-    return levels
-
-
-def int8_scales(part: KeptGroups, trials: Sequence[float] = _INT8_SCALE_TRIALS) -> NDArray[np.float16]:
-    """For each living group the one of some scales, in units of the absmax scale, with the least squared error."""
-    largest = part.absmax_scales()
-    chosen = round_scales(largest)
-    if len(trials) == 1 or not len(largest):
-        return chosen
-    least = np.full(largest.shape, np.inf, dtype=np.float32)
-    for trial in trials:
-        scales = round_scales(largest * np.float32(trial))
-        off = int8_levels(part, scales) * np.repeat(scales.astype(np.float32), part.counts) - part.values
-        errors = np.add.reduceat(part.costs * off * off, part.starts)
-        chosen = np.where(errors < least, scales, chosen)
-        least = np.minimum(errors, least)
-    return chosen
 
 
 def column_importance(weight: Float32, keep: Bool) -> Float32:
@@ -226,14 +199,11 @@ def column_importance(weight: Float32, keep: Bool) -> Float32:
     kept = keep[rows]
     if kept.all():
         return np.ones(weight.shape[1], dtype=np.float32)
-    # A kept weight may be exactly zero, on the word of some mask, and is then below any threshold.
-    telling = kept & (weight[rows] != 0)
-    ordered = np.sort(np.where(telling, np.abs(weight[rows]), np.inf), axis=0)
-    # The threshold of a column lies where its pruned weights end, and kept ones that count as below it should be few
-    # beside those: else a column that lost next to nothing, which has the largest inputs, would seem to have lost more.
-    below = np.minimum(_BELOW_KEPT * np.count_nonzero(telling, axis=0), _BELOW_PRUNED * np.count_nonzero(~kept, axis=0))
-    thresholds = np.take_along_axis(ordered, below.astype(np.int64)[None], axis=0)[0]  # infinite if nothing was kept
-    known = np.isfinite(thresholds)
+    ordered = np.sort(np.where(kept, np.abs(weight[rows]), np.inf), axis=0)
+    counts = np.count_nonzero(kept, axis=0)
+    place = (counts * _THRESHOLD_QUANTILE).astype(np.int64)
+    thresholds = np.take_along_axis(ordered, place[None], axis=0)[0]  # infinite for a column without kept weights
+    known = np.isfinite(thresholds) & (thresholds > 0)
     if not known.any():
         return np.ones(weight.shape[1], dtype=np.float32)
     usual = np.median(thresholds[known])

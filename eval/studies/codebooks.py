@@ -36,10 +36,9 @@ from losa_export.quantise import (
     apply_codebook,
     column_importance,
     fit_codebook,
-    int8_levels,
-    int8_scales,
     kept_groups,
     quantise_int8,
+    round_scales,
 )
 from losa_export.text import encode_documents, load_tokenizer, read_documents
 
@@ -50,6 +49,9 @@ Bool = NDArray[np.bool_]
 SCHEMA = "losa-study-codebooks"
 SCHEMA_VERSION = 1
 WINDOW = 512
+
+# Trials of the int8 scale search, in units of the absmax scale.
+_INT8_TRIALS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8)
 
 # By what fraction rounding the linears to a value type may raise perplexity: the project's own bars.
 _MOST_RISE = {"bf16": 0.002, "int8": 0.005, "int4": 0.04}
@@ -121,15 +123,15 @@ class Method:
             factors = np.clip(column_importance(weight, keep), *_SMOOTHED_RANGE) ** np.float32(self.smoothing / 2)
             plain = replace(self, smoothing=0.0)
             return plain.restore(weight * factors, keep, group, calibration / np.square(factors)) / factors
+        if self.values == "int8":
+            if self.scales == "absmax":
+                return quantise_int8(weight, keep, group).dequantise()
+            return _int8_searched(weight, keep, group)
         importance = {
             "even": np.ones_like(calibration),
             "mask": column_importance(weight, keep),
             "calibration": calibration / calibration.mean(),
         }[self.importance]
-        if self.values == "int8":
-            if self.scales == "absmax":
-                return quantise_int8(weight, keep, group, importance=np.ones_like(importance)).dequantise()
-            return _int8_searched(weight, keep, group, importance)
         search = self.scales == "searched"
         if self.codebook == "linear":
             codebook = linear_codebook()
@@ -142,19 +144,16 @@ class Method:
 
 Rounding = Method | Literal["fp32", "bf16"]
 
-BUILT_INT8 = Method("int8", "none", "searched", "mask")
+BUILT_INT8 = Method("int8", "none", "absmax", "even")
 BUILT_INT4 = Method("int4", "fitted", "searched", "mask")
 _LINEAR = Method("int4", "linear", "searched", "even")
 _LLOYD_MAX = Method("int4", "fitted", "searched", "even")
 _CALIBRATED = Method("int4", "fitted", "searched", "calibration")
-_ABSMAX_INT8 = Method("int8", "none", "absmax", "even")
 _SMOOTHED_INT8 = replace(BUILT_INT8, smoothing=0.5)
 
 METHODS = (
-    _ABSMAX_INT8,
-    replace(_ABSMAX_INT8, scales="searched"),
     BUILT_INT8,
-    replace(BUILT_INT8, importance="calibration"),
+    replace(BUILT_INT8, scales="searched"),
     _SMOOTHED_INT8,
     replace(_LINEAR, scales="absmax"),
     _LINEAR,
@@ -171,7 +170,6 @@ METHODS = (
 # What perplexity is measured for: linears, head, group.
 _CASES: tuple[tuple[Rounding, Rounding, int], ...] = (
     ("bf16", "fp32", 0),
-    (_ABSMAX_INT8, "fp32", 128),
     (BUILT_INT8, "fp32", 128),
     (BUILT_INT8, BUILT_INT8, 128),
     (_SMOOTHED_INT8, "fp32", 128),
@@ -389,12 +387,21 @@ def rounded_to(rounding: Rounding, weight: Float32, keep: Bool, group: int, cali
     )
 
 
-def _int8_searched(weight: Float32, keep: Bool, group: int, importance: Float32) -> Float32:
-    """int8 with scales searched for even where all columns count alike, which the exporter does not."""
+def _int8_searched(weight: Float32, keep: Bool, group: int) -> Float32:
+    """int8 with the scale of least squared error among a few."""
     restored = np.zeros_like(weight)
-    for part in kept_groups(weight, keep, group, importance):
-        scales = int8_scales(part)
-        restored[part.rows][part.keep] = int8_levels(part, scales) * np.repeat(scales.astype(np.float32), part.counts)
+    for part in kept_groups(weight, keep, group):
+        largest = part.absmax_scales()
+        best = np.full(largest.shape, np.inf, dtype=np.float32)
+        chosen = np.zeros_like(part.values)
+        for trial in _INT8_TRIALS if len(largest) else ():
+            scales = round_scales(largest * np.float32(trial))
+            levels = np.clip(np.rint(part.over(scales)), -LARGEST_LEVEL, LARGEST_LEVEL)
+            values = levels * np.repeat(scales.astype(np.float32), part.counts)
+            errors = np.add.reduceat(np.square(values - part.values), part.starts)
+            chosen = np.where(np.repeat(errors < best, part.counts), values, chosen)
+            best = np.minimum(errors, best)
+        restored[part.rows][part.keep] = chosen
     return restored
 
 
