@@ -10,6 +10,7 @@ namespace {
 #include "losa/loops/expand.h"
 #include "losa/loops/prefill.h"
 #include "losa/loops/gate.h"
+#include "losa/loops/avx512_instructions.h"
 #include "losa/loops/avx512_lanes.h"
 #include "losa/loops/avx512_prefill.h"
 #include "losa/loops/avx512_products.h"

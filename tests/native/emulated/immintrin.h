@@ -80,7 +80,7 @@ Register masked_load(uint64_t mask, const void* from) {
     return value;
   });
 }
-/// Contiguous values from memory to the lanes whose bit is set; reads no further than it needs.
+/// Contiguous values to the lanes whose bit is set.
 template <class Lane, class Register>
 Register expand(uint64_t mask, const void* from) {
   const char* next = static_cast<const char*>(from);
@@ -118,8 +118,8 @@ EMULATED void _mm512_mask_storeu_ps(void* to, __mmask16 mask, __m512 value) {
   for (int i = 0; i < 16; ++i)
     if (mask >> i & 1) std::memcpy(static_cast<char*>(to) + 4 * i, &value.lane[i], 4);
 }
-EMULATED __m512 _mm512_maskz_expandloadu_ps(__mmask16 mask, const void* from) {
-  return emulated::expand<float, __m512>(mask, from);
+EMULATED __m512 _mm512_maskz_expand_ps(__mmask16 mask, __m512 a) {
+  return emulated::expand<float, __m512>(mask, &a);
 }
 EMULATED __m512 _mm512_add_ps(__m512 a, __m512 b) {
   return emulated::lanes<float, __m512>([&](int i) { return a.lane[i] + b.lane[i]; });
@@ -162,11 +162,8 @@ EMULATED void _mm512_store_si512(void* to, __m512i value) { emulated::store_alig
 EMULATED __m512i _mm512_maskz_loadu_epi32(__mmask16 mask, const void* from) {
   return emulated::masked_load<int32_t, __m512i>(mask, from);
 }
-EMULATED __m512i _mm512_maskz_expandloadu_epi8(__mmask64 mask, const void* from) {
-  return emulated::expand<uint8_t, __m512i>(mask, from);
-}
-EMULATED __m512i _mm512_maskz_expandloadu_epi16(__mmask32 mask, const void* from) {
-  return emulated::expand<uint16_t, __m512i>(mask, from);
+EMULATED __m512i _mm512_maskz_expand_epi16(__mmask32 mask, __m512i a) {
+  return emulated::expand<uint16_t, __m512i>(mask, &a);
 }
 EMULATED __m512i _mm512_maskz_expand_epi8(__mmask64 mask, __m512i a) {
   return emulated::expand<uint8_t, __m512i>(mask, &a);

@@ -5,7 +5,7 @@ struct BfloatPairs : Floats {
 
   static Pairs load_pairs(const uint16_t* p) { return _mm512_loadu_si512(p); }
   static Pairs expand_pairs(const Word<BfloatPairs, uint16_t>& word, int bit) {
-    return _mm512_maskz_expandloadu_epi16(load_mask32(word.masks + bit / 8), word.values + word.kept.before(bit));
+    return expand_words(load_mask32(word.masks + bit / 8), _mm512_loadu_si512(word.values + word.kept.before(bit)));
   }
   static Vector first(Pairs pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
   static Vector second(Pairs pairs) {

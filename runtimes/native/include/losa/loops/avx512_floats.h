@@ -13,7 +13,7 @@ struct Floats {
   static Vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static Sums multiply_add(Vector weight, Vector x, Sums sums) { return _mm512_fmadd_ps(weight, x, sums); }
   static Vector expand(const float* values, unsigned bits) {
-    return _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(bits), values);
+    return expand_floats(static_cast<__mmask16>(bits), _mm512_loadu_ps(values));
   }
   static void row_masks(const uint8_t* masks, uint64_t (&rows)[losa::kBlockRows]) {
     uint16_t columns[64];

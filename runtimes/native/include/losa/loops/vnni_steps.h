@@ -54,7 +54,7 @@ class SparseInt8 {
   LOSA_INLINE __m512i next() {
     int64_t count;
     const __mmask64 kept = masks_.next(&count);
-    const __m512i levels = _mm512_maskz_expandloadu_epi8(kept, values_);
+    const __m512i levels = expand_bytes(kept, _mm512_loadu_si512(values_));
     values_ += count;
     return levels;
   }
@@ -79,7 +79,7 @@ class SparseInt4 {
   LOSA_INLINE __m512i next() {
     int64_t count;
     const __mmask64 kept = masks_.next(&count);
-    const __m512i levels = _mm512_maskz_expand_epi8(kept, codebook_.levels(values_));
+    const __m512i levels = expand_bytes(kept, codebook_.levels(values_));
     values_ += (count + 1) / 2;
     return levels;
   }
