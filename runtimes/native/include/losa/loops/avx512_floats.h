@@ -12,6 +12,8 @@ struct Floats {
   static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
   static Vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static Sums multiply_add(Vector weight, Vector x, Sums sums) { return _mm512_fmadd_ps(weight, x, sums); }
+  static Sums no_sums() { return _mm512_setzero_ps(); }
+  static Sums add(Sums a, Sums b) { return _mm512_add_ps(a, b); }
   static Vector expand(const float* values, unsigned bits) {
     return expand_floats(static_cast<__mmask16>(bits), _mm512_loadu_ps(values));
   }
@@ -130,14 +132,12 @@ static void prefill_floats(const losa::Weight& w, losa::BlockRange blocks, const
   PrefillPairs<FloatSource<Floats, From>, Product<Floats>>::run(w, blocks, packed, packed, tokens, y);
 }
 
-// What WideProduct takes, as skip_cost() counts. A prototype gave, in GFLOP/s of the 114 that a core of a Zen 4 has: the
-// wide product 94; skipping 65 at density 1.0, 122 at 0.5, 184 at 0.3. The two cross near 0.65.
-constexpr double kWideFloatsCost = 1.1;
+constexpr PrefillCosts kFloatCosts = {1.18, 0.2};
 
 template <class From>
 static void prefill_sparse_floats(const losa::Weight& w, losa::BlockRange blocks, const float* packed, int64_t tokens,
                                   float* y) {
-  if (skip_cost(w.density(), tokens) < kWideFloatsCost)
+  if (skipping_pays(kFloatCosts, w.density(), tokens))
     prefill_floats<From, SparseProduct>(w, blocks, packed, tokens, y);
   else
     prefill_floats<From, WideProduct>(w, blocks, packed, tokens, y);

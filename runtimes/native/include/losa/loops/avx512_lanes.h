@@ -6,6 +6,12 @@ constexpr int kVectorLanes = 16;
 template <int Lanes>
 constexpr __mmask16 kLaneMask = static_cast<__mmask16>((1u << Lanes) - 1);
 
+/// A number of lanes as a type, for a choice while compiling.
+template <int Count>
+struct Lanes {
+  constexpr int operator()() const { return Count; }
+};
+
 template <int Lanes>
 LOSA_INLINE static __m512 load_floats(const float* from) {
   if constexpr (Lanes == kVectorLanes) return _mm512_loadu_ps(from);

@@ -1,5 +1,5 @@
-// How a tile of weights meets a tile of activations with 32 registers of 16 lanes (avx512_prefill.h). Either product's
-// add() takes the tiles of `blocks` blocks, two or the last one, whose sums lie kBlockSums apart.
+// How a tile of weights meets tiles of activations with 32 registers of 16 lanes (avx512_prefill.h). Either product's
+// add() takes the tiles of `blocks` blocks, two or the last one, and all tiles of tokens.
 //
 // V gives the type of element, one or several numbers in four bytes:
 //   Element, Vector, Sums            one element, 16 of them, and 16 sums of their products
@@ -39,21 +39,24 @@ struct WideProduct {
         for (int b = 0; b < Blocks; ++b) total[t][b] = V::multiply_add(weight[b], activation, total[t][b]);
       }
     }
+    decltype(V::template scales<kRows>(tiles[0].scales)) scales[Blocks];  // loaded here, before stores might alias
+#pragma GCC unroll 2
+    for (int b = 0; b < Blocks; ++b) scales[b] = V::template scales<kRows>(tiles[b].scales);
 #pragma GCC unroll 32
-    for (int t = 0; t < Tokens; ++t)
+    for (int t = 0; t < Tokens; ++t) {
+      const auto scale = V::scale(token_scales + t);
 #pragma GCC unroll 2
       for (int b = 0; b < Blocks; ++b)
-        V::template finish<kRows>(sums + b * kBlockSums + t * kRows, total[t][b],
-                                  V::template scales<kRows>(tiles[b].scales), V::scale(token_scales + t));
+        V::template finish<kRows>(sums + b * kBlockSums + t * kRows, total[t][b], scales[b], scale);
+    }
   }
 
   template <int Blocks>
-  static void add_blocks(const Tile* tiles, int64_t columns, const Element* x, const losa::TokenTile& tile,
-                         const float* token_scales, float* sums) {
-    int64_t left = tile.tokens;
+  static void add_blocks(const Tile* tiles, int64_t columns, TokensOfTile<Element> part) {
+    int64_t left = part.tile.tokens;
     for (int64_t parts = (left + kMaxTokens - 1) / kMaxTokens; parts > 0; --parts) {
       const int64_t count = (left + parts - 1) / parts;  // 16 tokens as 8 + 8, not 12 + 4
-      const auto add = [&](auto run) { run(tiles, columns, x, tile.width, token_scales, sums); };
+      const auto add = [&](auto run) { run(tiles, columns, part.x, part.tile.width, part.scales, part.sums); };
       switch (count) {
         case 1: add(tokens<1, Blocks>); break;
         case 2: add(tokens<2, Blocks>); break;
@@ -69,19 +72,21 @@ struct WideProduct {
         default: add(tokens<12, Blocks>); break;
       }
       left -= count;
-      x += count;
-      token_scales += count;
-      sums += count * kRows;
+      part.x += count;
+      part.scales += count;
+      part.sums += count * kRows;
     }
   }
 
   /// sums [block][token][row] += x [column][token] * weights [block][column][row]; padding tokens are left out
-  static void add(const Tile* tiles, int64_t blocks, int64_t columns, const Element* x, const losa::TokenTile& tile,
-                  const float* token_scales, float* sums) {
-    if (blocks == 2)
-      add_blocks<2>(tiles, columns, x, tile, token_scales, sums);
-    else
-      add_blocks<1>(tiles, columns, x, tile, token_scales, sums);
+  static void add(const Tile* tiles, int64_t blocks, int64_t columns, const TokensOfTile<Element>* tokens,
+                  int64_t token_tiles) {
+    for (int64_t i = 0; i < token_tiles; ++i) {
+      if (blocks == 2)
+        add_blocks<2>(tiles, columns, tokens[i]);
+      else
+        add_blocks<1>(tiles, columns, tokens[i]);
+    }
   }
 
   static void store(const float* sums, const losa::TokenTile& tile, int64_t rows, float* y, int64_t stride) {
@@ -89,68 +94,117 @@ struct WideProduct {
   }
 };
 
+/// The sums of a row for the tokens of a tile. The last vector may be a half, whose upper lanes are idle.
+template <class V, int Width>
+class RowSums {
+ public:
+  template <class Start>
+  LOSA_INLINE void begin(const float* sums, Start start) {
+    each([&](int v, auto lanes) { total_[v] = V::template begin<lanes()>(sums + v * kVectorLanes, start); });
+  }
+  LOSA_INLINE void add(typename V::Vector weight, const typename V::Element* x) {
+    each([&](int v, auto lanes) {
+      total_[v] = V::multiply_add(weight, V::template load<lanes()>(x + v * kVectorLanes), total_[v]);
+    });
+  }
+  LOSA_INLINE void clear() {
+    each([&](int v, auto) { total_[v] = V::no_sums(); });
+  }
+  LOSA_INLINE void add(const RowSums& other) {
+    each([&](int v, auto) { total_[v] = V::add(total_[v], other.total_[v]); });
+  }
+  template <class Scale>
+  LOSA_INLINE void finish(float* sums, Scale scale, const float* token_scales) {
+    each([&](int v, auto lanes) {
+      V::template finish<lanes()>(sums + v * kVectorLanes, total_[v], scale,
+                                  V::template scales<lanes()>(token_scales + v * kVectorLanes));
+    });
+  }
+
+ private:
+  static constexpr int kVectors = (Width + kVectorLanes - 1) / kVectorLanes;
+
+  /// For each vector, does(index, how many of its lanes are tokens).
+  template <class Does>
+  LOSA_INLINE static void each(Does does) {
+#pragma GCC unroll 4
+    for (int v = 0; v + 1 < kVectors; ++v) does(v, Lanes<kVectorLanes>());
+    if constexpr (kVectors > 0) does(kVectors - 1, Lanes<Width - (kVectors - 1) * kVectorLanes>());
+  }
+
+  typename V::Sums total_[kVectors > 0 ? kVectors : 1];
+};
+
 /// Lanes run along tokens, so that an absent element costs nothing: a row's kept ones are the set bits of a 64-bit
-/// mask. The last vector of a tile may be a half, whose upper lanes are idle.
+/// mask. Both tiles of tokens meet an element at once, as finding it and beginning a row take as long for either.
 template <class V>
 struct SparseProduct {
   using Element = typename V::Element;
   using Tile = WeightTile<Element>;
   static constexpr bool kNeedsRowMasks = true;
-  static constexpr int kLanes = kVectorLanes;
 
-  template <int Width>
-  static void rows(const Tile& tile, const Element* x, const float* token_scales, float* sums) {
-    constexpr int kVectors = (Width + kLanes - 1) / kLanes;
-    constexpr int kLast = Width - (kVectors - 1) * kLanes;  // lanes of the last vector
-    for (int row = 0; row < losa::kBlockRows; ++row, sums += Width) {
+  /// A tile of `Width` tokens and, unless `Next` is 0, another one of `Next`.
+  template <int Width, int Next>
+  static void rows(const Tile& tile, TokensOfTile<Element> tokens, TokensOfTile<Element> next) {
+    for (int row = 0; row < losa::kBlockRows; ++row, tokens.sums += Width, next.sums += Next) {
       const Element* weights = tile.weights + row;
-      const auto start = V::start(tile, row);
-      typename V::Sums total[kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v)
-        total[v] = v + 1 < kVectors ? V::template begin<kLanes>(sums + v * kLanes, start)
-                                    : V::template begin<kLast>(sums + v * kLanes, start);
-      for (uint64_t kept = tile.kept[row]; kept != 0; kept &= kept - 1) {
-        const int64_t k = __builtin_ctzll(kept);
-        const auto weight = V::broadcast(weights + k * losa::kBlockRows);
-        const Element* column = x + k * Width;
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          const auto activations = v + 1 < kVectors ? V::template load<kLanes>(column + v * kLanes)
-                                                    : V::template load<kLast>(column + v * kLanes);
-          total[v] = V::multiply_add(weight, activations, total[v]);
+      RowSums<V, Width> sums, other;
+      RowSums<V, Next> next_sums;
+      sums.begin(tokens.sums, V::start(tile, row));
+      next_sums.begin(next.sums, V::start(tile, row));
+      uint64_t kept = tile.kept[row];
+      if constexpr (Next == 0) {
+        // One tile's sums are too few to hide how long a multiply-add takes.
+        other.clear();
+        for (int pairs = __builtin_popcountll(kept) / 2; pairs > 0; --pairs) {
+          const int64_t k = __builtin_ctzll(kept);
+          kept &= kept - 1;
+          sums.add(V::broadcast(weights + k * losa::kBlockRows), tokens.x + k * Width);
+          const int64_t l = __builtin_ctzll(kept);
+          kept &= kept - 1;
+          other.add(V::broadcast(weights + l * losa::kBlockRows), tokens.x + l * Width);
         }
       }
-      const auto scale = V::scale(tile.scales + row);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        if (v + 1 < kVectors)
-          V::template finish<kLanes>(sums + v * kLanes, total[v], scale,
-                                     V::template scales<kLanes>(token_scales + v * kLanes));
-        else
-          V::template finish<kLast>(sums + v * kLanes, total[v], scale,
-                                    V::template scales<kLast>(token_scales + v * kLanes));
+      for (; kept != 0; kept &= kept - 1) {
+        const int64_t k = __builtin_ctzll(kept);
+        const auto weight = V::broadcast(weights + k * losa::kBlockRows);
+        sums.add(weight, tokens.x + k * Width);
+        next_sums.add(weight, next.x + k * Next);
       }
+      if constexpr (Next == 0) sums.add(other);
+      sums.finish(tokens.sums, V::scale(tile.scales + row), tokens.scales);
+      next_sums.finish(next.sums, V::scale(tile.scales + row), next.scales);
     }
   }
 
-  static void add_block(const Tile& tile, const Element* x, int64_t width, const float* token_scales, float* sums) {
-    switch (width / losa::kTokenStep) {
-      case 1: return rows<8>(tile, x, token_scales, sums);
-      case 2: return rows<16>(tile, x, token_scales, sums);
-      case 3: return rows<24>(tile, x, token_scales, sums);
-      case 4: return rows<32>(tile, x, token_scales, sums);
-      case 5: return rows<40>(tile, x, token_scales, sums);
-      case 6: return rows<48>(tile, x, token_scales, sums);
-      case 7: return rows<56>(tile, x, token_scales, sums);
-      default: return rows<64>(tile, x, token_scales, sums);
+  template <int Width>
+  static void add_block(const Tile& tile, TokensOfTile<Element> tokens, TokensOfTile<Element> next, int64_t width) {
+    if constexpr (2 * Width > losa::kTileTokens) {  // fewer tokens are one tile
+      if (width == Width) return rows<Width, Width>(tile, tokens, next);
+      if (width != 0) return rows<Width, Width - losa::kTokenStep>(tile, tokens, next);
     }
+    rows<Width, 0>(tile, tokens, next);
   }
 
   /// sums [block][row][token] += weights [block][column][row] * x [column][token], over each row's kept columns
-  static void add(const Tile* tiles, int64_t blocks, int64_t, const Element* x, const losa::TokenTile& tile,
-                  const float* token_scales, float* sums) {
-    for (int64_t b = 0; b < blocks; ++b) add_block(tiles[b], x, tile.width, token_scales, sums + b * kBlockSums);
+  static void add(const Tile* tiles, int64_t blocks, int64_t, const TokensOfTile<Element>* tokens,
+                  int64_t token_tiles) {
+    static_assert(losa::kPrefillTokens <= 2 * losa::kTileTokens, "one or two tiles of tokens");
+    for (int64_t b = 0; b < blocks; ++b) {
+      const TokensOfTile<Element> first = tokens[0].of_block(b);
+      const TokensOfTile<Element> next = token_tiles == 2 ? tokens[1].of_block(b) : first;
+      const int64_t width = token_tiles == 2 ? next.tile.width : 0;
+      switch (first.tile.width / losa::kTokenStep) {
+        case 1: add_block<8>(tiles[b], first, next, width); break;
+        case 2: add_block<16>(tiles[b], first, next, width); break;
+        case 3: add_block<24>(tiles[b], first, next, width); break;
+        case 4: add_block<32>(tiles[b], first, next, width); break;
+        case 5: add_block<40>(tiles[b], first, next, width); break;
+        case 6: add_block<48>(tiles[b], first, next, width); break;
+        case 7: add_block<56>(tiles[b], first, next, width); break;
+        default: add_block<64>(tiles[b], first, next, width); break;
+      }
+    }
   }
 
   static void store(const float* sums, const losa::TokenTile& tile, int64_t rows, float* y, int64_t stride) {
@@ -166,12 +220,17 @@ struct SparseProduct {
   }
 };
 
-/// What SparseProduct takes for each element of a row and 16 tokens, where a multiply-add at the processor's best rate
-/// takes 1, if it keeps `kept_share` of the elements. A prototype of it took 1.7 for each kept one, on a Zen 4 with 64
-/// tokens. How that grows for narrower tiles is reasoned, not measured: 2 for finding an element, and 1.2 for each
-/// vector of tokens.
-inline double skip_cost(double kept_share, int64_t tokens) {
-  const int64_t width = losa::token_tile(tokens, losa::token_tile_count(tokens) - 1).width;  // of the narrowest
-  const int64_t vectors = (width + kVectorLanes - 1) / kVectorLanes;
-  return kept_share * (2.0 + 1.2 * static_cast<double>(vectors)) * kVectorLanes / static_cast<double>(width);
+/// What an element of a row costs, in multiply-adds of 16 tokens at the processor's best rate, for each 16 tokens:
+/// WideProduct takes `wide`; SparseProduct takes `row` for its part of beginning and finishing a row, and a kept element
+/// in addition 1.8, and 1.12 for each 16 tokens. Fitted to times on a Zen 5 of 512 rows by 1024 columns, 16 to 128 tokens
+/// and 1 % to 50 % kept.
+struct PrefillCosts {
+  double wide, row;
+};
+
+inline bool skipping_pays(const PrefillCosts& costs, double kept_share, int64_t tokens) {
+  double vectors = 0;
+  for (int64_t i = 0; i < losa::token_tile_count(tokens); ++i)
+    vectors += static_cast<double>((losa::token_tile(tokens, i).width + kVectorLanes - 1) / kVectorLanes);
+  return costs.row * vectors + kept_share * (1.8 + 1.12 * vectors) < costs.wide * vectors;
 }

@@ -7,11 +7,6 @@
 // vpdpbusd wants one side unsigned, and taking even bytes is cheapest so, too. What is added to a side, 128, comes off
 // again as 128 times the sum of the other side, which is where the sums of a group start. All of it is exact in int32.
 
-//
-// kWideCost is what WideProduct takes, as skip_cost() counts (avx512_products.h). A prototype of it reached the given
-// share of a Zen 4's best rate; but with bytes, skipping began to pay only where 0.82 to 0.87 of the fours were kept, so
-// that some 5 % are taken off what those shares say. Not measured since.
-
 /// What prefill's products (avx512_products.h) want of either kind.
 struct IntegerElements {
   using Element = int32_t;
@@ -26,6 +21,8 @@ struct IntegerElements {
   }
   template <int Lanes>
   static Sums begin(const float*, Sums start) { return start; }
+  static Sums no_sums() { return _mm512_setzero_si512(); }
+  static Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
   static __m512 scale(const float* p) { return _mm512_set1_ps(*p); }
   template <int Lanes>
   static __m512 scales(const float* p) { return load_floats<Lanes>(p); }
@@ -38,7 +35,7 @@ struct IntegerElements {
 
 struct Pairs : IntegerElements {
   static constexpr int kOfStep = 2;
-  static constexpr double kWideCost = 1.3;  // 73 %
+  static constexpr PrefillCosts kCosts = {1.28, 0.36};
 
   // Decoding: x stays signed, weights in even columns get the 128.
 
@@ -92,7 +89,7 @@ struct Pairs : IntegerElements {
 
 struct Quads : IntegerElements {
   static constexpr int kOfStep = 1;
-  static constexpr double kWideCost = 1.45;  // 65 %
+  static constexpr PrefillCosts kCosts = {1.5, 0.66};
 
   // Decoding: x stays signed, all weights get the 128.
 

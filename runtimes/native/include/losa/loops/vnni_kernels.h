@@ -30,7 +30,7 @@ static void prefill_elements(const losa::Weight& w, losa::BlockRange blocks, con
                              int64_t tokens, float* y) {
   if (w.dense())
     prefill_with<Dense, Elements, WideProduct>(w, blocks, packed, tokens, y);
-  else if (skip_cost(kept_elements<Elements>(w.density()), tokens) < Elements::kWideCost)
+  else if (skipping_pays(Elements::kCosts, kept_elements<Elements>(w.density()), tokens))
     prefill_with<Sparse, Elements, SparseProduct>(w, blocks, packed, tokens, y);
   else
     prefill_with<Sparse, Elements, WideProduct>(w, blocks, packed, tokens, y);
