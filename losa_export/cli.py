@@ -325,6 +325,17 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         help="what activations are rounded to before int8 and int4 weights (default: %(default)s)",
     )
     parser.add_argument(
+        "--calibration",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="round int8 and int4 values for the least error on these .txt or .jsonl files; needs torch, and minutes",
+    )
+    parser.add_argument(
+        "--calibration-windows", type=int, default=64, metavar="N", help="of 512 tokens (default: %(default)s)"
+    )
+    parser.add_argument(
         "--no-gate", dest="gate", action="store_false", help="do not compare the answers with the source's"
     )
     _add_output(parser, "onnx")
@@ -345,6 +356,8 @@ def _export(arguments: argparse.Namespace) -> int:
             head=arguments.head,
             group=arguments.group,
             activations=arguments.activations,
+            calibration=tuple(arguments.calibration),
+            calibration_windows=arguments.calibration_windows,
             gate=arguments.gate,
             overwrite=arguments.overwrite,
         )

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from losa_export.architecture import DecoderSpec, check_tensors, prunable_names, tensor_shapes
+from losa_export.calibration_text import CalibrationText, read_calibration
 from losa_export.checkpoint import CONFIG_FILE, Checkpoint, copy_companions, open_checkpoint, read_json
 from losa_export.errors import ConfigError, MissingDependencyError
 from losa_export.export_gate import StoredTypes, is_installed, reference_source, run_gate
 from losa_export.files import check_output, output_folder, write_text_atomic
 from losa_export.progress import Progress
+
+if TYPE_CHECKING:
+    from losa_export.training.rounding import CalibratedRounding
 
 ProfileChoice = Literal["ort", "standard"]
 WeightsChoice = Literal["auto", "sparse", "dense"]
@@ -34,6 +38,9 @@ _FOLDING_NOTE = (
 )
 
 
+_CALIBRATED_METHOD = "blockwise compensation under the mask: GPTQ order, coordinate descent, least-squares scales"
+
+
 @dataclass(frozen=True)
 class ExportConfig:
     """What to export, and how.
@@ -47,6 +54,9 @@ class ExportConfig:
         head: type of the head and the embedding; 'auto' is that of the values, but int8 for int4.
         group: columns that share a scale, for int8 and int4.
         activations: to what our kernels round activations before they meet int8 and int4 weights.
+        calibration: text files; int8 and int4 values are rounded for the least error of outputs on them. None needs
+            no text, and no torch.
+        calibration_windows: how many windows of it are looked at.
         gate: compare the answers with the source's before the folder appears.
         overwrite: replace a non-empty output folder.
         progress: show progress on standard error.
@@ -60,6 +70,8 @@ class ExportConfig:
     head: HeadChoice = "auto"
     group: int = 128
     activations: ActivationsChoice = "int16"
+    calibration: tuple[Path, ...] = ()
+    calibration_windows: int = 64
     gate: bool = True
     overwrite: bool = False
     progress: bool = True
@@ -81,6 +93,17 @@ class ExportConfig:
         if self.group not in GROUPS:
             raise ConfigError(
                 f"ExportConfig.group is {self.group}; choose one of {', '.join(map(str, GROUPS))}", field="group"
+            )
+        if self.calibration and self.values not in ("int8", "int4"):
+            raise ConfigError(
+                f"ExportConfig.calibration shapes how int8 and int4 values are rounded, but values are '{self.values}'; "
+                "choose int8 or int4, or leave the text out",
+                field="calibration",
+            )
+        if self.calibration_windows < 1:
+            raise ConfigError(
+                f"ExportConfig.calibration_windows is {self.calibration_windows}; give 1 or more",
+                field="calibration_windows",
             )
 
     @property
@@ -149,7 +172,8 @@ def export_onnx(config: ExportConfig) -> ExportReport:
     Raises:
         InputError: the source cannot be used, or its masks do not fit (CheckpointError, MaskError, …).
         OutputError: the destination is not empty, is the source, or cannot be written.
-        MissingDependencyError: the gate needs a reference, and there is neither torch nor a stored one.
+        MissingDependencyError: the gate needs a reference, and there is neither torch nor a stored one; or there is
+            calibration text, and no torch.
         GateError: the model answers differently from its source.
     Nothing is left behind in any of these cases.
     """
@@ -159,13 +183,14 @@ def export_onnx(config: ExportConfig) -> ExportReport:
     check_output(config.output, overwrite=config.overwrite, inputs=[config.source])
     _require_packages()
     truth = reference_source(config.source) if config.gate else None
+    text = _read_calibration(config, checkpoint, spec)
     with (
         ThreadPoolExecutor(max_workers=1) as background,
         output_folder(config.output, overwrite=config.overwrite, inputs=[config.source]) as folder,
     ):
         # Hashing gigabytes costs seconds, and leaves the interpreter free meanwhile.
         weights_sha256 = background.submit(checkpoint.weights_sha256)
-        manifest = _write_model(config, checkpoint, spec, folder)
+        manifest = _write_model(config, checkpoint, spec, text, folder)
         if truth is None:
             manifest["gate"] = None
         else:
@@ -181,7 +206,30 @@ def _require_packages() -> None:
             raise MissingDependencyError.for_extra(package.replace("_", "-"), "export", "exporting to ONNX")
 
 
-def _write_model(config: ExportConfig, checkpoint: Checkpoint, spec: DecoderSpec, folder: Path) -> dict[str, Any]:
+def _read_calibration(config: ExportConfig, checkpoint: Checkpoint, spec: DecoderSpec) -> CalibrationText | None:
+    """The text, if there is some. Raises: MissingDependencyError without torch; as `read_calibration`."""
+    if not config.calibration:
+        return None
+    for package in ("torch", "transformers"):
+        if not is_installed(package):
+            raise MissingDependencyError.for_extra(package, "train", "rounding by calibration text")
+    return read_calibration(config.calibration, checkpoint.folder, spec, config.calibration_windows)
+
+
+def _rounding(
+    config: ExportConfig, text: CalibrationText | None, on_rounded: Callable[[int], None]
+) -> CalibratedRounding | None:
+    """What rounds the linears by calibration text, if there is some."""
+    if text is None or config.values not in ("int8", "int4"):
+        return None
+    from losa_export.training.rounding import load_rounding
+
+    return load_rounding(config.source, text.windows, config.values, config.group, on_rounded)
+
+
+def _write_model(
+    config: ExportConfig, checkpoint: Checkpoint, spec: DecoderSpec, text: CalibrationText | None, folder: Path
+) -> dict[str, Any]:
     """Build the graph and its data in `folder`; returns the manifest so far."""
     import onnx_ir as ir
 
@@ -204,17 +252,24 @@ def _write_model(config: ExportConfig, checkpoint: Checkpoint, spec: DecoderSpec
     head = config.chosen_head
     settings = {"group": config.group, "activation_bits": 16 if config.activations == "int16" else 8}
     weights = sum(rows_columns(shape) for shape in tensor_shapes(spec).values())
+    linears = sum(rows_columns(tensor_shapes(spec)[name]) for name in prunable_names(spec))
+    task, work = ("building", weights) if text is None else ("rounding", linears)
     with (
-        Progress("building", weights / 1e6, "M weights", enabled=config.progress) as progress,
+        Progress(task, work / 1e6, "M weights", enabled=config.progress) as progress,
         ExternalDataWriter(folder) as writer,
     ):
+
+        def advance(count: int) -> None:
+            progress.advance(count / 1e6)
+
         store = WeightStore(
             checkpoint,
             writer,
             plan,
             value_format(config.values, **settings),
             value_format(head, **settings),
-            lambda count: progress.advance(count / 1e6),
+            advance if text is None else lambda count: None,
+            _rounding(config, text, advance),
         )
         producer = package_version("losa-export") or "unknown"
         model = build_decoder(spec, store, config.profile, producer)
@@ -225,11 +280,11 @@ def _write_model(config: ExportConfig, checkpoint: Checkpoint, spec: DecoderSpec
         json.dumps(genai_config(spec, config.profile, _generation_config(checkpoint)), indent=2) + "\n",
     )
     # Linked to the file, not to what memory held while it was written.
-    linears = read_sparse_linears(check_external_data(folder))
+    sparse = read_sparse_linears(check_external_data(folder))
     if plan.store_sparse:
-        check_digests(linears, plan.digests)
+        check_digests(sparse, plan.digests)
     types = StoredTypes()
-    if linears or (config.values, head) != ("fp32", "fp32"):
+    if sparse or (config.values, head) != ("fp32", "fp32"):
         types = StoredTypes.settled(config.values, head, config.group, config.activations)
     return {
         "format": MANIFEST_FORMAT,
@@ -238,12 +293,13 @@ def _write_model(config: ExportConfig, checkpoint: Checkpoint, spec: DecoderSpec
         "profile": config.profile,
         "opset": OPSET,
         "ir_version": IR_VERSION,
-        "weights": "sparse" if linears else "dense",
+        "weights": "sparse" if sparse else "dense",
         **asdict(types),
+        **({} if text is None else {"calibration": {"method": _CALIBRATED_METHOD, **text.record()}}),
         "mask_source": plan.source if plan.digests else "none",
         "dense_bytes": 4 * weights,
-        "tensors": {name: linear.as_dict() for name, linear in linears.items()},
-        "notes": [_FOLDING_NOTE] if linears else [],
+        "tensors": {name: linear.as_dict() for name, linear in sparse.items()},
+        "notes": [_FOLDING_NOTE] if sparse else [],
     }
 
 

@@ -18,7 +18,7 @@ All codes are chosen for the scale as it is stored, after rounding to float16.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -106,6 +106,9 @@ class Int4Weight:
         values *= _by_column(self.scales, self.group, self.codes.shape[1])
         values[~keep] = 0
         return values
+
+
+Rounded = Int8Weight | Int4Weight
 
 
 @dataclass(frozen=True)
@@ -284,6 +287,12 @@ def nearest_codes(ratios: Float32, codebook: NDArray[np.int8]) -> NDArray[np.uin
     """Index of the codebook level nearest to each value of `ratios`, any shape."""
     codes: NDArray[np.uint8] = _nearest_table(codebook, np.arange(CODEBOOK_SIZE, dtype=np.uint8)).take(_cells(ratios))
     return codes
+
+
+def level_lookup(codebook: NDArray[np.int8]) -> Callable[[Float32], Float32]:
+    """A function that gives the codebook level nearest to each of its values, any shape, as float32."""
+    table = _nearest_table(codebook, codebook.astype(np.float32))
+    return lambda ratios: table.take(_cells(ratios))
 
 
 def optimal_codebook(moments: Float64) -> NDArray[np.int8]:

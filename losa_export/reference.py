@@ -156,12 +156,13 @@ def compute_reference(
     )
 
 
-def load_model(folder: Path, dtype: str = "float32") -> Any:
-    """Load a checkpoint by plain transformers, eager attention, on the CPU, ready for inference.
+def load_model(folder: Path, dtype: str = "float32", attention: str = "eager") -> Any:
+    """Load a checkpoint by plain transformers, on the CPU, ready for inference.
 
     Args:
         folder: a checkpoint folder; nothing is fetched.
         dtype: of weights and activations, as torch names it.
+        attention: implementation, as transformers names it.
     Raises: MissingDependencyError without torch or transformers.
     """
     try:
@@ -171,7 +172,7 @@ def load_model(folder: Path, dtype: str = "float32") -> Any:
         raise MissingDependencyError.for_extra(error.name or "transformers", "train", "running the model") from error
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation="eager", local_files_only=True
+        folder, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True
     )
     return model.eval()
 

@@ -187,3 +187,17 @@ def token_windows(
     if seed is not None:
         windows = windows[np.random.default_rng(seed).permutation(there)]
     return np.ascontiguousarray(windows[:count])
+
+
+def check_token_ids(windows: NDArray[np.int64], vocab_size: int, model: Path, file: Path) -> None:
+    """Check that the model has an embedding for every token that its tokenizer gave for `file`.
+
+    Raises: CheckpointError naming the largest token if not.
+    """
+    largest = int(windows.max())
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"the tokenizer of '{model}' gives the token {largest} for '{file}', but the model has only "
+            f"{vocab_size} embeddings; use the tokenizer that belongs to the model",
+            token=largest,
+        )

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from losa_export.architecture import DecoderSpec, check_tensors
 from losa_export.checkpoint import CONFIG_FILE, open_checkpoint
-from losa_export.errors import CheckpointError, ConfigError
+from losa_export.errors import ConfigError
 from losa_export.files import sha256_of
-from losa_export.text import load_tokenizer, read_documents, token_windows
+from losa_export.text import check_token_ids, load_tokenizer, read_documents, token_windows
 from losa_export.training.config import FREE_ON_RESUME, TrainConfig, to_table
 
 
@@ -64,7 +64,7 @@ def check_inputs(config: TrainConfig) -> TrainInputs:
     )
     tuning = token_windows(tuning_documents, tokenizer, config.window, None, None, separator=separator)
     for windows, files in ((calibration, config.calibration_files), (tuning, config.tuning_text)):
-        _check_ids(windows, spec, config.model, files)
+        check_token_ids(windows, spec.vocab_size, config.model, files[0])
     weight_hashes = {path.name: sha256_of(path) for path in checkpoint.weight_files()}
     tokenizer_hash = sha256_of(config.model / "tokenizer.json")
     settings = {name: value for name, value in to_table(config).items() if name not in FREE_ON_RESUME}
@@ -76,16 +76,6 @@ def check_inputs(config: TrainConfig) -> TrainInputs:
         "calibration text": [sha256_of(path) for path in config.calibration_files],
     }
     return TrainInputs(spec, calibration, tuning, weight_hashes, tokenizer_hash, {**settings, **contents})
-
-
-def _check_ids(windows: NDArray[np.int64], spec: DecoderSpec, model: Path, files: tuple[Path, ...]) -> None:
-    largest = int(windows.max())
-    if largest >= spec.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer of '{model}' gives the token {largest} for '{files[0]}', but the model has only "
-            f"{spec.vocab_size} embeddings; use the tokenizer that belongs to the model",
-            token=largest,
-        )
 
 
 def one_shot_config(config: TrainConfig) -> TrainConfig:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_export.architecture import BLOCK_LINEARS, EMBEDDING, DecoderSpec
+from losa_export.architecture import BLOCK_LINEARS, EMBEDDING, INPUT_OF, DecoderSpec
 from losa_export.checkpoint import Checkpoint, open_checkpoint
 from losa_export.errors import ConfigError, LosaError, MissingDependencyError
 from losa_export.eval.machine import git_revision, package_versions
@@ -67,17 +67,6 @@ _PARAGRAPHS = (
     "its input, so the mask tells nearly the same (`losa_export.quantise.column_importance`).",
     "",
 )
-
-# Linears that read the same inputs share their moments: the first of them stands for all.
-_INPUT_OF = {
-    "self_attn.q_proj": "self_attn.q_proj",
-    "self_attn.k_proj": "self_attn.q_proj",
-    "self_attn.v_proj": "self_attn.q_proj",
-    "self_attn.o_proj": "self_attn.o_proj",
-    "mlp.gate_proj": "mlp.gate_proj",
-    "mlp.up_proj": "mlp.gate_proj",
-    "mlp.down_proj": "mlp.down_proj",
-}
 
 
 @dataclass(frozen=True)
@@ -601,7 +590,7 @@ def _input_of(tensor: str) -> str:
     """The first linear of the block that reads the same inputs as the linear `tensor`."""
     prefix, _, linear = tensor.removesuffix(".weight").rpartition(".layers.")
     block, _, linear = linear.partition(".")
-    return f"{prefix}.layers.{block}.{_INPUT_OF[linear]}.weight"
+    return f"{prefix}.layers.{block}.{INPUT_OF[linear]}.weight"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from losa_export.errors import FormatError
 from losa_export.graph.formats.base import BLOCK_ROWS
+from losa_export.quantise import Int4Weight, Rounded
 
 # Key of the node's metadata: a JSON list of [tensor name, rows], in stored order.
 METADATA_KEY = "losa.weights"
@@ -60,6 +61,14 @@ def interleave(gate: NDArray[_Scalar], up: NDArray[_Scalar]) -> NDArray[_Scalar]
     both[0, :rows], both[1, :rows] = gate, up
     by_block = both.reshape(2, blocks, BLOCK_ROWS, columns).transpose(1, 0, 2, 3)
     return by_block.reshape(2 * blocks * BLOCK_ROWS, columns)
+
+
+def interleave_rounded(rounded: Rounded) -> Rounded:
+    """As `interleave`, for a gate and an up of equal size that were rounded as one, gate above up."""
+    scales = interleave(*np.split(rounded.scales, 2))
+    if isinstance(rounded, Int4Weight):
+        return replace(rounded, codes=interleave(*np.split(rounded.codes, 2)), scales=scales)
+    return replace(rounded, levels=interleave(*np.split(rounded.levels, 2)), scales=scales)
 
 
 def parts_of(stored: NDArray[_Scalar], rows: Sequence[int], *, interleaved: bool) -> list[NDArray[_Scalar]]:

@@ -16,9 +16,13 @@ from losa_export.graph.external import ExternalDataWriter
 from losa_export.graph.formats import DOMAIN, EncodedWeight, ValueFormat
 from losa_export.graph.nodes import NodeList
 from losa_export.graph.sparsity import SparsityPlan
-from losa_export.graph.stacking import METADATA_KEY, Part, describe, interleave
+from losa_export.graph.stacking import METADATA_KEY, Part, describe, interleave, interleave_rounded
+from losa_export.quantise import Rounded
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
+
+# Rounds linears that read the same x: (their names, rows (N, K) below each other, pattern) → the weight as stored.
+Rounding = Callable[[Sequence[str], NDArray[np.float32], NDArray[np.bool_]], Rounded]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class WeightStore:
         value_format: how the values of linears are stored, sparse or not.
         head_format: how the head and the embedding are stored.
         on_written: called with the number of weights after each tensor, for progress.
+        rounding: rounds the values of linears to the value format; None leaves that to the format.
         initializers: made so far, in file order.
     """
 
@@ -49,6 +54,7 @@ class WeightStore:
     value_format: ValueFormat
     head_format: ValueFormat
     on_written: Callable[[int], None] = lambda count: None  # noqa: ARG005
+    rounding: Rounding | None = None
     initializers: list[ir.Value] = field(default_factory=list)
     _tables: dict[str, _Table] = field(default_factory=dict)
 
@@ -177,8 +183,15 @@ class WeightStore:
         parts = [Part(f"{name}.weight", weight.shape[0]) for name, weight in zip(names, weights, strict=True)]
         stem = f"{_stem(names)}.weight"
         weight, keep = (interleave(*weights), interleave(*keeps)) if swiglu else (_rows(weights), _rows(keeps))
+
+        def encode() -> EncodedWeight:
+            rounded = self.rounding(names, _rows(weights), _rows(keeps)) if self.rounding else None
+            if swiglu and rounded is not None:
+                rounded = interleave_rounded(rounded)
+            return self.value_format.encode(weight, keep, rounded)
+
         try:
-            encoded = _encoded(stem, lambda: self.value_format.encode(weight, keep))
+            encoded = _encoded(stem, encode)
         except MaskError as error:
             for part, one, kept in zip(parts, weights, keeps, strict=True):
                 if np.any((one != 0) & ~kept):
@@ -196,7 +209,13 @@ class WeightStore:
     ) -> ir.Value:
         """Append one dense node of the value format that holds all of `weights`."""
         stem, weight = f"{_stem(names)}.weight", _rows(weights)
-        encoded = _encoded(stem, lambda: self.value_format.encode_dense(weight))
+
+        def encode() -> EncodedWeight:
+            everything = np.ones(weight.shape, dtype=np.bool_)
+            rounded = self.rounding(names, weight, everything) if self.rounding else None
+            return self.value_format.encode_dense(weight, rounded)
+
+        encoded = _encoded(stem, encode)
         y = nodes.add(self.value_format.dense_op, [x, *self._tensors(stem, encoded)], encoded.attributes, domain=DOMAIN)
         parts = [Part(f"{name}.weight", one.shape[0]) for name, one in zip(names, weights, strict=True)]
         nodes.nodes[-1].metadata_props[METADATA_KEY] = describe(parts)

@@ -13,7 +13,8 @@ import onnx_ir as ir
 
 from losa_export.errors import FormatError
 from losa_export.graph.formats.base import Bool, EncodedWeight, Float32
-from losa_export.graph.formats.scaled import ScaledFormat, scales_of, scales_to_blocks
+from losa_export.graph.formats.scaled import ScaledFormat
+from losa_export.graph.formats.scales import scales_of, stored_levels
 from losa_export.graph.formats.value_format import Array
 from losa_export.graph.nodes import NodeList
 from losa_export.quantise import CODEBOOK_SIZE, Int4Weight, quantise_int4
@@ -34,8 +35,7 @@ class Int4Format(ScaledFormat):
 
     def to_levels(self, weight: Float32, keep: Bool) -> tuple[Array, Mapping[str, Array]]:
         """See `ValueFormat.to_levels`: the codes."""
-        rounded = quantise_int4(weight, keep, self.group)
-        return rounded.codes, {"scales": scales_to_blocks(rounded.scales), "codebook": rounded.codebook}
+        return stored_levels(quantise_int4(weight, keep, self.group))
 
     def from_levels(self, levels: Array, keep: Bool, encoded: EncodedWeight) -> Float32:
         """See `ValueFormat.from_levels`."""

@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from losa_export.graph.formats.base import Bool, EncodedWeight, Float32
-from losa_export.graph.formats.scaled import ScaledFormat, scales_of, scales_to_blocks
+from losa_export.graph.formats.scaled import ScaledFormat
+from losa_export.graph.formats.scales import scales_of, stored_levels
 from losa_export.graph.formats.value_format import Array
 from losa_export.quantise import Int8Weight, quantise_int8
 
@@ -24,8 +25,7 @@ class Int8Format(ScaledFormat):
 
     def to_levels(self, weight: Float32, keep: Bool) -> tuple[Array, Mapping[str, Array]]:
         """See `ValueFormat.to_levels`."""
-        rounded = quantise_int8(weight, keep, self.group)
-        return rounded.levels, {"scales": scales_to_blocks(rounded.scales)}
+        return stored_levels(quantise_int8(weight, keep, self.group))
 
     def from_levels(self, levels: Array, keep: Bool, encoded: EncodedWeight) -> Float32:
         """See `ValueFormat.from_levels`."""

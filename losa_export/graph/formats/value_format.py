@@ -27,7 +27,9 @@ from losa_export.graph.formats.base import (
     take_back,
     unpack,
 )
+from losa_export.graph.formats.scales import stored_levels
 from losa_export.graph.nodes import NodeList
+from losa_export.quantise import Rounded
 
 Array = NDArray[Any]
 
@@ -98,14 +100,19 @@ class ValueFormat(ABC):
         names = ("N", "K", "layout", *self.own_attributes)
         return tuple(name for name in names if name != "activation_bits" or op_type != self.embedding_op)
 
-    def encode(self, weight: Float32, keep: Bool) -> EncodedWeight:
+    def encode(self, weight: Float32, keep: Bool, rounded: Rounded | None = None) -> EncodedWeight:
         """Store `weight` (out, in) float32 under `keep` (out, in) bool; both are left as they are.
+
+        Args:
+            weight: zero where pruned.
+            keep: True = kept.
+            rounded: the weight as somebody else has rounded it to this format; None rounds it here.
 
         Raises: MaskError if the shapes differ, or a pruned position is not exactly zero; FormatError for a weight
             that the format cannot hold.
         """
         check_pruned(weight, keep)
-        levels, own = self.to_levels(weight, keep)
+        levels, own = self.to_levels(weight, keep) if rounded is None else stored_levels(rounded)
         even = self.levels_per_element > 1
         mask, values, offsets = pack(levels, keep, step_columns=self.step_columns, even_steps=even)
         stored = {
@@ -115,9 +122,12 @@ class ValueFormat(ABC):
         }
         return EncodedWeight(stored | dict(own), self._attributes(weight))
 
-    def encode_dense(self, weight: Float32) -> EncodedWeight:
-        """Store every value of `weight` (out, in) float32. Raises: FormatError as `encode`."""
-        levels, own = self.to_levels(weight, np.ones(weight.shape, dtype=np.bool_))
+    def encode_dense(self, weight: Float32, rounded: Rounded | None = None) -> EncodedWeight:
+        """Store every value of `weight` (out, in) float32; `rounded` as for `encode`. Raises: FormatError as `encode`."""
+        if rounded is None:
+            levels, own = self.to_levels(weight, np.ones(weight.shape, dtype=np.bool_))
+        else:
+            levels, own = stored_levels(rounded)
         values = self.to_elements(lay_out(levels, self.step_columns))
         del levels  # the largest tables come here, and another copy follows
         return EncodedWeight({"values": pad(values), **own}, self._attributes(weight))

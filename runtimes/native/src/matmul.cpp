@@ -11,6 +11,7 @@ namespace {
 // A task below this many weights costs more to hand out than to run; above kMaxTasks they only crowd.
 constexpr int64_t kDecodeTaskWeights = 48 * 1024;
 constexpr int64_t kMaxTasks = 64;
+constexpr int64_t kFewBlocks = 8;
 constexpr int64_t kPrefillTasks = 16;
 constexpr int64_t kPrefillMaxBlocks = 8;
 
@@ -139,7 +140,9 @@ int64_t clamp(int64_t value, int64_t low, int64_t high) {
 int64_t decode_blocks_per_task(const Weight& w, int64_t tokens) {
   const int64_t weights = w.blocks() * kBlockRows * w.columns;
   const int64_t tasks = clamp(weights * tokens / kDecodeTaskWeights, 1, kMaxTasks);
-  return (w.blocks() + tasks - 1) / tasks;
+  const int64_t blocks = (w.blocks() + tasks - 1) / tasks;
+  // Each task arranges its activations anew, which for several tokens takes as long as a block or more.
+  return tokens == 1 || blocks >= kFewBlocks ? blocks : clamp(w.blocks() / 2, 1, kFewBlocks);
 }
 
 /// Whether `tokens` are enough for the row's prefill.

@@ -6,9 +6,10 @@
 //   kPanelColumns                  columns that its panel has room for, a multiple of kMaxGroup
 //   Walk                           walks the weights of a block: start(w, index)
 //   fill(x, first, count)          makes the panel from columns [first, first + count) of x
-//   block(w, index, first, count, walk, y)
-//                                  adds the products of those columns, with which `walk` goes on, to y; if they are the
-//                                  first ones, it finds y unset
+//   kBlocks                        blocks it likes to take at once, 1 or 2
+//   blocks(w, index, first, count, walks, y)
+//                                  adds the products of those columns, with which `walks` go on, to y; if they are the
+//                                  first ones, it finds y unset. An array of one walk or of kBlocks of them
 // X gives from(token): the tokens from that one on.
 
 constexpr int64_t kMaxDecodeTokens = 8;   // whose sums and results stay in registers
@@ -20,6 +21,20 @@ constexpr int64_t panel_columns(int64_t tokens, int64_t columns_of_element) {
   return kPanelElements / tokens * columns_of_element / losa::kMaxGroup * losa::kMaxGroup;
 }
 
+/// Blocks from `index` on; returns how many.
+template <int Blocks, class Kernel>
+LOSA_INLINE static int walk_blocks(const Kernel& kernel, const losa::Weight& w, int64_t index, int64_t first,
+                                   int64_t count, typename Kernel::Walk* walks, float* y) {
+  typename Kernel::Walk walking[Blocks];  // in registers
+  for (int b = 0; b < Blocks; ++b) {
+    if (first == 0) walks[b].start(w, index + b);
+    walking[b] = walks[b];
+  }
+  kernel.blocks(w, index, first, count, walking, y);
+  for (int b = 0; b < Blocks; ++b) walks[b] = walking[b];
+  return Blocks;
+}
+
 template <class Kernel, class X>
 static void decode_panels(const losa::Weight& w, losa::BlockRange blocks, const X& x, float* y) {
   Kernel kernel;
@@ -28,10 +43,11 @@ static void decode_panels(const losa::Weight& w, losa::BlockRange blocks, const 
     const int64_t left = w.columns - first;
     const int64_t count = left < Kernel::kPanelColumns ? left : Kernel::kPanelColumns;
     kernel.fill(x, first, count);
-    for (int64_t b = blocks.first; b < blocks.last; ++b) {
-      typename Kernel::Walk& walk = walks[b - blocks.first];
-      if (first == 0) walk.start(w, b);
-      kernel.block(w, b, first, count, walk, y);
+    for (int64_t b = blocks.first; b < blocks.last;) {
+      if (blocks.last - b >= Kernel::kBlocks)
+        b += walk_blocks<Kernel::kBlocks>(kernel, w, b, first, count, walks + (b - blocks.first), y);
+      else
+        b += walk_blocks<1>(kernel, w, b, first, count, walks + (b - blocks.first), y);
     }
   }
 }

@@ -52,6 +52,7 @@ struct FloatDecode {
   class Kernel {
    public:
     static constexpr int64_t kPanelColumns = panel_columns(Tokens, 1);
+    static constexpr int kBlocks = Tokens == 1 ? 1 : 2;  // which share each activation that is loaded
     using Walk = typename From::Words;
 
     void fill(const FloatTokens& x, int64_t first, int64_t count) {
@@ -60,57 +61,85 @@ struct FloatDecode {
         __builtin_memcpy(x_[t], x.from(t).values + first, static_cast<size_t>(count) * sizeof(float));
     }
 
-    void block(const losa::Weight& w, int64_t index, int64_t first, int64_t count, Walk& walk, float* y) const {
-      Walk words = walk;
-      __m512 sums[Tokens][kPartial];
+template <int Blocks>
+    void blocks(const losa::Weight& w, int64_t index, int64_t first, int64_t count, Walk (&walks)[Blocks],
+                float* y) const {
+      // So many sums of a token and a block that no multiply-add waits for the one before.
+      constexpr int kPartial = Tokens == 1 ? 4 : Tokens <= 3 ? 2 : 1;
+      using Word = decltype(walks[0].next());
+      __m512 sums[Blocks][Tokens][kPartial];
+#pragma GCC unroll 2
+      for (int b = 0; b < Blocks; ++b)
 #pragma GCC unroll 8
-      for (int t = 0; t < Tokens; ++t) {
-        sums[t][0] = first == 0 ? _mm512_setzero_ps() : load_results(w, index, t, y);
+        for (int t = 0; t < Tokens; ++t) {
+          sums[b][t][0] = first == 0 ? _mm512_setzero_ps() : load_results(w, index + b, t, y);
 #pragma GCC unroll 4
-        for (int p = 1; p < kPartial; ++p) sums[t][p] = _mm512_setzero_ps();
-      }
+          for (int p = 1; p < kPartial; ++p) sums[b][t][p] = _mm512_setzero_ps();
+        }
       const float* x = x_[0];
       for (; count >= kWordColumns; count -= kWordColumns, x += kWordColumns) {
-        __builtin_prefetch(static_cast<const char*>(words.values()) + kPrefetchFloats);
-        __builtin_prefetch(static_cast<const char*>(words.values()) + kPrefetchFloats + 64);
-        add_word(words.next(), kWordColumns, x, sums);
+#pragma GCC unroll 2
+        for (int b = 0; b < Blocks; ++b) {
+          __builtin_prefetch(static_cast<const char*>(walks[b].values()) + kPrefetchFloats);
+          __builtin_prefetch(static_cast<const char*>(walks[b].values()) + kPrefetchFloats + 64);
+        }
+        if constexpr (Blocks == 1) {
+          const Word words[1] = {walks[0].next()};
+          add_words(words, kWordColumns, x, sums);
+        } else {
+          const Word words[2] = {walks[0].next(), walks[1].next()};
+          add_words(words, kWordColumns, x, sums);
+        }
       }
       if (count > 0) {
-        uint8_t padded[8];
-        add_word(words.last(count, padded), count, x, sums);
+        uint8_t padded[Blocks][8];
+        if constexpr (Blocks == 1) {
+          const Word words[1] = {walks[0].last(count, padded[0])};
+          add_words(words, count, x, sums);
+        } else {
+          const Word words[2] = {walks[0].last(count, padded[0]), walks[1].last(count, padded[1])};
+          add_words(words, count, x, sums);
+        }
       }
+#pragma GCC unroll 2
+      for (int b = 0; b < Blocks; ++b)
 #pragma GCC unroll 8
-      for (int t = 0; t < Tokens; ++t) {
+        for (int t = 0; t < Tokens; ++t) {
 #pragma GCC unroll 4
-        for (int p = 1; p < kPartial; ++p) sums[t][0] = _mm512_add_ps(sums[t][0], sums[t][p]);
-        store_results(w, index, t, sums[t][0], y);
-      }
-      walk = words;
+          for (int p = 1; p < kPartial; ++p) sums[b][t][0] = _mm512_add_ps(sums[b][t][0], sums[b][t][p]);
+          store_results(w, index + b, t, sums[b][t][0], y);
+        }
     }
 
    private:
     static constexpr int64_t kPrefetchFloats = 2048;  // as measured for AVX2 (decode.h)
-    // So many sums of a token that no multiply-add waits for the one before.
-    static constexpr int kPartial = Tokens == 1 ? 4 : Tokens <= 3 ? 2 : 1;
     static constexpr int64_t kStride = kPanelColumns + 16;  // one line off a page
 
-    /// The first `columns` of a word.
-    template <class Word>
-    LOSA_INLINE static void add_word(const Word& word, int64_t columns, const float* x,
-                                     __m512 (&sums)[Tokens][kPartial]) {
+    /// The first `columns` of a word of each block.
+    template <class Word, int Blocks, int Partial>
+    LOSA_INLINE static void add_words(const Word (&words)[Blocks], int64_t columns, const float* x,
+                                      __m512 (&sums)[Blocks][Tokens][Partial]) {
 #pragma GCC unroll 4
       for (int i = 0; i < kWordColumns / From::kTogether; ++i) {
         if (i * From::kTogether >= columns) return;
-        const typename From::Packed packed = From::packed(word, i, 0);
+        typename From::Packed packed[Blocks];
+#pragma GCC unroll 2
+        for (int b = 0; b < Blocks; ++b) packed[b] = From::packed(words[b], i, 0);
 #pragma GCC unroll 2
         for (int j = 0; j < From::kTogether; ++j) {
           const int column = i * From::kTogether + j;
           if (column >= columns) return;
-          const __m512 weights = From::column(packed, j);
+          __m512 weights[Blocks];
+#pragma GCC unroll 2
+          for (int b = 0; b < Blocks; ++b) weights[b] = From::column(packed[b], j);
 #pragma GCC unroll 8
           for (int t = 0; t < Tokens; ++t) {
-            __m512& sum = sums[t][column % kPartial];
-            sum = _mm512_fmadd_ps(weights, _mm512_set1_ps(x[t * kStride + column]), sum);
+            const __m512 activation = _mm512_set1_ps(x[t * kStride + column]);
+#pragma GCC unroll 2
+            for (int b = 0; b < Blocks; ++b) {
+              __m512& sum = sums[b][t][column % Partial];
+              sum = _mm512_fmadd_ps(weights[b], activation, sum);
+            }
           }
         }
       }

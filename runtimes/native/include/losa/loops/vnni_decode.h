@@ -6,6 +6,8 @@ struct IntegerDecode {
   class Kernel {
    public:
     static constexpr int64_t kPanelColumns = panel_columns(Tokens, 4 / Elements::kOfStep);
+    // Two blocks share each activation that is loaded. One token's time is that of reading memory.
+    static constexpr int kBlocks = Tokens == 1 ? 1 : 2;
     using Walk = Steps;
 
     void fill(const losa::RoundedTokens& x, int64_t first, int64_t count) {
@@ -24,60 +26,84 @@ struct IntegerDecode {
       }
     }
 
-    void block(const losa::Weight& w, int64_t index, int64_t first, int64_t count, Walk& walk, float* y) const {
-      Steps steps = walk;
-      const uint16_t* scales = w.block_scales(index) + first / w.group * losa::kBlockRows;
-      __m512 results[Tokens];
+    /// Blocks from `index` on, as many as there are walks.
+    template <int Blocks>
+    void blocks(const losa::Weight& w, int64_t index, int64_t first, int64_t count, Walk (&walks)[Blocks],
+                float* y) const {
+      const uint16_t* scales[Blocks];
+      __m512 results[Blocks][Tokens];
+#pragma GCC unroll 2
+      for (int b = 0; b < Blocks; ++b) {
+        scales[b] = w.block_scales(index + b) + first / w.group * losa::kBlockRows;
 #pragma GCC unroll 8
-      for (int t = 0; t < Tokens; ++t)
-        results[t] = first == 0 ? _mm512_setzero_ps() : load_results(w, index, t, y);
+        for (int t = 0; t < Tokens; ++t)
+          results[b][t] = first == 0 ? _mm512_setzero_ps() : load_results(w, index + b, t, y);
+      }
       const int32_t* x = elements_[0];
-      for (int64_t group = 0; count > 0; ++group, count -= w.group, scales += losa::kBlockRows) {
+      for (int64_t group = 0; count > 0; ++group, count -= w.group) {
         const int64_t group_steps = ((count < w.group ? count : w.group) + 3) / 4;
-        __m512i sums[Tokens];
-        add_group(steps, x, group, group_steps, sums);
+        __m512i sums[Blocks][Tokens];
+        add_group(walks, x, group, group_steps, sums);
         x += group_steps * Elements::kOfStep;
-        const __m512 weight_scales = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
+#pragma GCC unroll 2
+        for (int b = 0; b < Blocks; ++b, scales[b - 1] += losa::kBlockRows) {
+          const __m512 weight_scales = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales[b])));
 #pragma GCC unroll 8
-        for (int t = 0; t < Tokens; ++t) {
-          const __m512 both = _mm512_mul_ps(weight_scales, _mm512_set1_ps(scales_[t][group]));
-          results[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t]), both, results[t]);
+          for (int t = 0; t < Tokens; ++t) {
+            const __m512 both = _mm512_mul_ps(weight_scales, _mm512_set1_ps(scales_[t][group]));
+            results[b][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[b][t]), both, results[b][t]);
+          }
         }
       }
+#pragma GCC unroll 2
+      for (int b = 0; b < Blocks; ++b)
 #pragma GCC unroll 8
-      for (int t = 0; t < Tokens; ++t) store_results(w, index, t, results[t], y);
-      walk = steps;
+        for (int t = 0; t < Tokens; ++t) store_results(w, index + b, t, results[b][t], y);
     }
 
    private:
-    // So many sums of a token that no multiply-add waits for the one before.
-    static constexpr int kPartial = Tokens == 1 ? 4 : Tokens <= 4 ? 2 : 1;
     static constexpr int64_t kStride = kPanelColumns / 4 * Elements::kOfStep + 16;  // one line off a page
 
-    LOSA_INLINE void add_group(Steps& steps, const int32_t* x, int64_t group, int64_t count,
-                               __m512i (&totals)[Tokens]) const {
-      __m512i sums[Tokens][kPartial];
+    template <int Blocks>
+    LOSA_INLINE void add_group(Walk (&walks)[Blocks], const int32_t* x, int64_t group, int64_t count,
+                               __m512i (&totals)[Blocks][Tokens]) const {
+      // So many sums of a token and a block that no multiply-add waits for the one before.
+      constexpr int kPartial = Tokens * Blocks == 1 ? 4 : Tokens * Blocks <= 4 ? 2 : 1;
+      __m512i sums[Blocks][Tokens][kPartial];
+#pragma GCC unroll 2
+      for (int b = 0; b < Blocks; ++b)
 #pragma GCC unroll 8
-      for (int t = 0; t < Tokens; ++t) {
-        sums[t][0] = _mm512_set1_epi32(starts_[t][group]);
+        for (int t = 0; t < Tokens; ++t) {
+          sums[b][t][0] = _mm512_set1_epi32(starts_[t][group]);
 #pragma GCC unroll 4
-        for (int p = 1; p < kPartial; ++p) sums[t][p] = _mm512_setzero_si512();
-      }
+          for (int p = 1; p < kPartial; ++p) sums[b][t][p] = _mm512_setzero_si512();
+        }
       int64_t step = 0;
-      for (; step + 4 <= count; step += 4, x += 4 * Elements::kOfStep) {
-        steps.prefetch();
+      for (; step + 4 <= count; step += 4) {
+#pragma GCC unroll 2
+        for (int b = 0; b < Blocks; ++b) walks[b].prefetch();
 #pragma GCC unroll 4
-        for (int turn = 0; turn < 4; ++turn)
-          Elements::add_step(steps.next(), x + turn * Elements::kOfStep, kStride, turn, sums);
+        for (int turn = 0; turn < 4; ++turn, x += Elements::kOfStep) add_step(walks, x, turn, sums);
       }
 #pragma GCC unroll 1
-      for (; step < count; ++step, x += Elements::kOfStep) Elements::add_step(steps.next(), x, kStride, 0, sums);
+      for (; step < count; ++step, x += Elements::kOfStep) add_step(walks, x, 0, sums);
+#pragma GCC unroll 2
+      for (int b = 0; b < Blocks; ++b)
 #pragma GCC unroll 8
-      for (int t = 0; t < Tokens; ++t) {
-        totals[t] = sums[t][0];
+        for (int t = 0; t < Tokens; ++t) {
+          totals[b][t] = sums[b][t][0];
 #pragma GCC unroll 4
-        for (int p = 1; p < kPartial; ++p) totals[t] = _mm512_add_epi32(totals[t], sums[t][p]);
-      }
+          for (int p = 1; p < kPartial; ++p) totals[b][t] = _mm512_add_epi32(totals[b][t], sums[b][t][p]);
+        }
+    }
+
+    template <int Blocks, int Partial>
+    LOSA_INLINE void add_step(Walk (&walks)[Blocks], const int32_t* x, int turn,
+                              __m512i (&sums)[Blocks][Tokens][Partial]) const {
+      __m512i steps[Blocks];
+#pragma GCC unroll 2
+      for (int b = 0; b < Blocks; ++b) steps[b] = walks[b].next();
+      Elements::add_steps(steps, x, kStride, turn, sums);
     }
 
     alignas(64) int32_t elements_[Tokens][kStride];

@@ -46,18 +46,32 @@ struct Pairs : IntegerElements {
     return _mm512_madd_epi16(x, _mm512_set1_epi64(0xff80ff80));  // of each step, -128 times the first pair
   }
 
-  /// sums[t] += a step times the elements of each token at x[t * stride]. `turn` says which of the partial sums are
-  /// due.
-  template <int Tokens, int Partial>
-  LOSA_INLINE static void add_step(__m512i step, const int32_t* x, int64_t stride, int turn,
-                                   __m512i (&sums)[Tokens][Partial]) {
+  /// sums[block][t] += each block's step times the elements of each token at x[t * stride]. `turn` says which of the
+  /// partial sums are due.
+  template <int Blocks, int Tokens, int Partial>
+  LOSA_INLINE static void add_steps(const __m512i (&steps)[Blocks], const int32_t* x, int64_t stride, int turn,
+                                    __m512i (&sums)[Blocks][Tokens][Partial]) {
     constexpr int kXorAnd = 0x28;  // (a ^ b) & c
-    const __m512i even = _mm512_ternarylogic_epi32(step, _mm512_set1_epi16(0x80), _mm512_set1_epi16(0xff), kXorAnd);
-    const __m512i odd = _mm512_srai_epi16(step, 8);
+    const int first = 2 * turn % Partial, second = (2 * turn + 1) % Partial;
+    __m512i even[Blocks], odd[Blocks];
+#pragma GCC unroll 2
+    for (int b = 0; b < Blocks; ++b) {
+      even[b] = _mm512_ternarylogic_epi32(steps[b], _mm512_set1_epi16(0x80), _mm512_set1_epi16(0xff), kXorAnd);
+      odd[b] = _mm512_srai_epi16(steps[b], 8);
+    }
 #pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) {
-      add_pairs(sums[t][2 * turn % Partial], even, x + t * stride);
-      add_pairs(sums[t][(2 * turn + 1) % Partial], odd, x + t * stride + 1);
+      if constexpr (Blocks == 1) {
+        add_pairs(sums[0][t][first], even[0], x + t * stride);
+        add_pairs(sums[0][t][second], odd[0], x + t * stride + 1);
+      } else {
+        const __m512i of_even = broadcast(x + t * stride), of_odd = broadcast(x + t * stride + 1);
+#pragma GCC unroll 2
+        for (int b = 0; b < Blocks; ++b) {
+          add_pairs(sums[b][t][first], even[b], of_even);
+          add_pairs(sums[b][t][second], odd[b], of_odd);
+        }
+      }
     }
   }
 
@@ -99,12 +113,22 @@ struct Quads : IntegerElements {
     return _mm512_madd_epi16(x, _mm512_set1_epi16(-128));
   }
 
-  template <int Tokens, int Partial>
-  LOSA_INLINE static void add_step(__m512i step, const int32_t* x, int64_t stride, int turn,
-                                   __m512i (&sums)[Tokens][Partial]) {
-    const __m512i above = _mm512_xor_si512(step, _mm512_set1_epi8(-128));
+  template <int Blocks, int Tokens, int Partial>
+  LOSA_INLINE static void add_steps(const __m512i (&steps)[Blocks], const int32_t* x, int64_t stride, int turn,
+                                    __m512i (&sums)[Blocks][Tokens][Partial]) {
+    __m512i above[Blocks];
+#pragma GCC unroll 2
+    for (int b = 0; b < Blocks; ++b) above[b] = _mm512_xor_si512(steps[b], _mm512_set1_epi8(-128));
 #pragma GCC unroll 8
-    for (int t = 0; t < Tokens; ++t) add_quads(sums[t][turn % Partial], above, x + t * stride);
+    for (int t = 0; t < Tokens; ++t) {
+      if constexpr (Blocks == 1) {
+        add_quads(sums[0][t][turn % Partial], above[0], x + t * stride);
+      } else {
+        const __m512i of_all = broadcast(x + t * stride);
+#pragma GCC unroll 2
+        for (int b = 0; b < Blocks; ++b) add_quads(sums[b][t][turn % Partial], above[b], of_all);
+      }
+    }
   }
 
   // Prefill: x gets the 128, so that an absent element of weights adds nothing and may be skipped.
