@@ -96,8 +96,8 @@ class ExportConfig:
             )
         if self.calibration and self.values not in ("int8", "int4"):
             raise ConfigError(
-                f"ExportConfig.calibration shapes how int8 and int4 values are rounded, but values are '{self.values}'; "
-                "choose int8 or int4, or leave the text out",
+                f"ExportConfig.calibration is text for rounding to int8 or int4, but values are '{self.values}'; "
+                "choose one of these, or leave the text out",
                 field="calibration",
             )
         if self.calibration_windows < 1:
@@ -268,9 +268,10 @@ def _write_model(
             plan,
             value_format(config.values, **settings),
             value_format(head, **settings),
-            advance if text is None else lambda count: None,
-            _rounding(config, text, advance),
+            rounding=_rounding(config, text, advance),
         )
+        if text is None:
+            store.on_written = advance
         producer = package_version("losa-export") or "unknown"
         model = build_decoder(spec, store, config.profile, producer)
     ir.save(model, folder / MODEL_FILE)

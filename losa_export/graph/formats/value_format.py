@@ -123,7 +123,7 @@ class ValueFormat(ABC):
         return EncodedWeight(stored | dict(own), self._attributes(weight))
 
     def encode_dense(self, weight: Float32, rounded: Rounded | None = None) -> EncodedWeight:
-        """Store every value of `weight` (out, in) float32; `rounded` as for `encode`. Raises: FormatError as `encode`."""
+        """Store every value of `weight` (out, in) float32; `rounded` as `encode` takes it. Raises: FormatError."""
         if rounded is None:
             levels, own = self.to_levels(weight, np.ones(weight.shape, dtype=np.bool_))
         else:

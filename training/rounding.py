@@ -1,0 +1,166 @@
+"""Rounding a model's linears one after another, each on the inputs that the ones before it leave.
+
+Two copies of the hidden states walk through the blocks: as the checkpoint computes them, and as the rounded linears do.
+Where a linear is asked for, both are run up to it, and the second moments of what it would read from either say how to
+round it (`losa_export.compensate`). So its rounding makes up for what earlier ones did. One block and its moments are
+in memory beside the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from losa_export.architecture import INPUT_OF
+from losa_export.compensate import InputMoments, compensated_int4, compensated_int8
+from losa_export.errors import CheckpointError
+from losa_export.quantise import Bool, Float32, Rounded
+from losa_export.reference import load_model
+from losa_export.training.calibration import BlockBatch, capture_block_inputs, run_block
+
+_WINDOWS_AT_ONCE = 8
+
+
+class CalibratedRounding:
+    """Rounds what an exporter asks for, if it asks in the order in which a token meets the linears.
+
+    Args:
+        model: a causal language model in float32 with its blocks at `model.model.layers`; its linears are replaced by
+            their rounded selves as they come.
+        windows: (n, tokens) int64 token ids.
+        values: type to round to.
+        group: columns that share a scale.
+        on_rounded: called with the number of weights after each linear, for progress.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        windows: Tensor,
+        values: Literal["int8", "int4"],
+        group: int,
+        on_rounded: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._on_rounded = on_rounded
+        self._values = values
+        self._group = group
+        self._blocks = tuple(model.get_submodule("model.layers").children())
+        self._checkpoint = capture_block_inputs(model, self._blocks, windows, _WINDOWS_AT_ONCE)
+        self._rounded = [BlockBatch(batch.hidden, batch.keyword_arguments) for batch in self._checkpoint]
+        self._index = -1
+        self._enter(0)
+
+    def __call__(self, names: Sequence[str], weight: Float32, keep: Bool) -> Rounded:
+        """Round linears that read the same inputs.
+
+        Args:
+            names: modules, for example ("model.layers.0.self_attn.o_proj",).
+            weight: (N, K) float32, their rows below each other.
+            keep: (N, K) bool, True = kept.
+
+        Raises: FormatError if the type cannot hold a weight; CheckpointError if activations are not finite.
+        """
+        index, paths = _places(names)
+        while self._index < index:
+            self._leave()
+        moments = self._moments_of(INPUT_OF[paths[0]])
+        rounded: Rounded
+        if self._values == "int8":
+            rounded = compensated_int8(weight, keep, self._group, moments)
+            restored = rounded.dequantise()
+        else:
+            rounded = compensated_int4(weight, keep, self._group, moments)
+            restored = rounded.dequantise(keep)
+        first = 0
+        for path in paths:
+            linear = cast(nn.Linear, self._blocks[index].get_submodule(path))
+            linear.weight.data = torch.from_numpy(restored[first : first + linear.out_features])
+            first += linear.out_features
+        self._on_rounded(weight.size)
+        return rounded
+
+    def _enter(self, index: int) -> None:
+        self._index = index
+        self._exact_block = copy.deepcopy(self._blocks[index])
+        self._moments: dict[str, InputMoments] = {}
+
+    def _leave(self) -> None:
+        """Hand both copies on to the next block."""
+        for exact, rounded in zip(self._checkpoint, self._rounded, strict=True):
+            exact.hidden = run_block(self._exact_block, self._index, exact)
+            rounded.hidden = run_block(self._blocks[self._index], self._index, rounded)
+        self._enter(self._index + 1)
+
+    def _moments_of(self, path: str) -> InputMoments:
+        """Moments of what linear `path` of the current block reads."""
+        if path not in self._moments:
+            size = cast(nn.Linear, self._exact_block.get_submodule(path)).in_features
+            tokens, gram, cross = 0, torch.zeros(size, size), torch.zeros(size, size)
+            for exact, rounded in zip(self._checkpoint, self._rounded, strict=True):
+                inputs = _inputs_of(self._blocks[self._index], self._index, path, rounded)
+                gram += inputs.T @ inputs
+                cross += inputs.T @ _inputs_of(self._exact_block, self._index, path, exact)
+                tokens += len(inputs)
+            if not bool(torch.isfinite(gram).all() & torch.isfinite(cross).all()):
+                raise CheckpointError(
+                    f"block {self._index} gives '{path}' inputs that are not finite on the calibration text; mend the "
+                    "checkpoint, or export without --calibration",
+                    block=self._index,
+                )
+            self._moments[path] = InputMoments((gram / tokens).numpy(), (cross / tokens).numpy())
+        return self._moments[path]
+
+
+def load_rounding(
+    checkpoint: Path,
+    windows: NDArray[np.int64],
+    values: Literal["int8", "int4"],
+    group: int,
+    on_rounded: Callable[[int], None],
+) -> CalibratedRounding:
+    """Load a checkpoint to be rounded; arguments as `CalibratedRounding` takes them.
+
+    Raises: CheckpointError if transformers cannot load it.
+    """
+    model = load_model(checkpoint, attention="sdpa")
+    return CalibratedRounding(model, torch.from_numpy(windows), values, group, on_rounded)
+
+
+class _ReachedError(Exception):
+    """Thrown out of a block once its inputs are known."""
+
+
+@torch.no_grad()
+def _inputs_of(block: nn.Module, index: int, path: str, batch: BlockBatch) -> Tensor:
+    """What linear `path` of a block reads: (tokens, K) float32. The block runs no further."""
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        found.append(inputs[0].flatten(0, -2).float())
+        raise _ReachedError
+
+    handle = block.get_submodule(path).register_forward_pre_hook(stop)
+    try:
+        with contextlib.suppress(_ReachedError):
+            run_block(block, index, batch)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _places(names: Sequence[str]) -> tuple[int, list[str]]:
+    """The block of some modules, and their paths in it."""
+    index, paths = 0, []
+    for name in names:
+        number, _, path = name.removeprefix("model.layers.").partition(".")
+        index = int(number)
+        paths.append(path)
+    return index, paths
