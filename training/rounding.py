@@ -1,15 +1,14 @@
 """Rounding a model's linears one after another, each on the inputs that the ones before it leave.
 
 Two copies of the hidden states walk through the blocks: as the checkpoint computes them, and as the rounded linears do.
-Where a linear is asked for, both are run up to it, and the second moments of what it would read from either say how to
-round it (`losa_export.compensate`). So its rounding makes up for what earlier ones did. One block and its moments are
-in memory beside the model.
+When a linear is asked for, the latter are run up to it, and the second moments of what it reads from either say how to
+round it (`losa_export.compensate`). So its rounding makes up for what earlier ones did. The activations of one block
+are in memory beside the model.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -27,6 +26,8 @@ from losa_export.reference import load_model
 from losa_export.training.calibration import BlockBatch, capture_block_inputs, run_block
 
 _WINDOWS_AT_ONCE = 8
+
+_INPUTS = tuple(dict.fromkeys(INPUT_OF.values()))
 
 
 class CalibratedRounding:
@@ -88,26 +89,36 @@ class CalibratedRounding:
         return rounded
 
     def _enter(self, index: int) -> None:
+        """Before anything in block `index` is rounded: keep what the checkpoint reads there, and hand on its states."""
         self._index = index
-        self._exact_block = copy.deepcopy(self._blocks[index])
         self._moments: dict[str, InputMoments] = {}
+        self._exact_inputs: dict[str, list[Tensor]] = {path: [] for path in _INPUTS}
+
+        def watch(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            return lambda _, inputs: self._exact_inputs[path].append(_by_token(inputs))
+
+        block = self._blocks[index]
+        with contextlib.ExitStack() as hooks:
+            for path in _INPUTS:
+                hooks.callback(block.get_submodule(path).register_forward_pre_hook(watch(path)).remove)
+            for batch in self._checkpoint:
+                batch.hidden = run_block(block, index, batch)
 
     def _leave(self) -> None:
-        """Hand both copies on to the next block."""
-        for exact, rounded in zip(self._checkpoint, self._rounded, strict=True):
-            exact.hidden = run_block(self._exact_block, self._index, exact)
-            rounded.hidden = run_block(self._blocks[self._index], self._index, rounded)
+        """Hand the rounded hidden states on to the next block."""
+        for batch in self._rounded:
+            batch.hidden = run_block(self._blocks[self._index], self._index, batch)
         self._enter(self._index + 1)
 
     def _moments_of(self, path: str) -> InputMoments:
-        """Moments of what linear `path` of the current block reads."""
+        """Moments of what linear `path` of the current block reads, computed when it is first asked for."""
         if path not in self._moments:
-            size = cast(nn.Linear, self._exact_block.get_submodule(path)).in_features
+            size = cast(nn.Linear, self._blocks[self._index].get_submodule(path)).in_features
             tokens, gram, cross = 0, torch.zeros(size, size), torch.zeros(size, size)
-            for exact, rounded in zip(self._checkpoint, self._rounded, strict=True):
-                inputs = _inputs_of(self._blocks[self._index], self._index, path, rounded)
+            for exact, batch in zip(self._exact_inputs.pop(path), self._rounded, strict=True):
+                inputs = _inputs_of(self._blocks[self._index], self._index, path, batch)
                 gram += inputs.T @ inputs
-                cross += inputs.T @ _inputs_of(self._exact_block, self._index, path, exact)
+                cross += inputs.T @ exact
                 tokens += len(inputs)
             if not bool(torch.isfinite(gram).all() & torch.isfinite(cross).all()):
                 raise CheckpointError(
@@ -144,7 +155,7 @@ def _inputs_of(block: nn.Module, index: int, path: str, batch: BlockBatch) -> Te
     found: list[Tensor] = []
 
     def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        found.append(inputs[0].flatten(0, -2).float())
+        found.append(_by_token(inputs))
         raise _ReachedError
 
     handle = block.get_submodule(path).register_forward_pre_hook(stop)
@@ -154,6 +165,12 @@ def _inputs_of(block: nn.Module, index: int, path: str, batch: BlockBatch) -> Te
     finally:
         handle.remove()
     return found[0]
+
+
+def _by_token(inputs: tuple[Any, ...]) -> Tensor:
+    """What a linear is called with: (tokens, K) float32."""
+    read: Tensor = inputs[0].flatten(0, -2).float()
+    return read
 
 
 def _places(names: Sequence[str]) -> tuple[int, list[str]]:
