@@ -1,0 +1,129 @@
+"""What the rounding of exported files costs: perplexity and KL of each beside one with exact values, window by window.
+
+Run as `python -m losa_export.eval.studies.exported onnx/ onnx-int4/ --text FILE`; a table for a page
+comes out on standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_export.checkpoint import read_json
+from losa_export.errors import LosaError
+from losa_export.eval.perplexity import token_nll
+from losa_export.eval.studies.codebooks import kl_divergence, log_softmax, rise
+from losa_export.progress import Progress
+from losa_export.runtimes.base import Runtime
+from losa_export.runtimes.detokenize import load_stop_ids
+from losa_export.runtimes.loader import load_runtime
+from losa_export.text import load_tokenizer, read_documents, token_windows
+
+WINDOW = 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file beside the exact one.
+
+    Attributes:
+        perplexity: exp of the mean loss.
+        rise_fraction: of the perplexity over the exact file's.
+        rise_error: standard error of that, from paired differences of window losses.
+        kl_divergence: mean over tokens of KL(exact ‖ this), nats.
+    """
+
+    perplexity: float
+    rise_fraction: float
+    rise_error: float
+    kl_divergence: float
+
+
+def compare(runtimes: Sequence[Runtime], windows: NDArray[np.int64], *, show_progress: bool = True) -> list[Row]:
+    """Hold runtimes against the first of them.
+
+    Args:
+        runtimes: of one vocabulary.
+        windows: (n, tokens) int64 token ids.
+        show_progress: False for silence on stderr.
+    """
+    losses = np.zeros((len(runtimes), len(windows)))
+    divergences = np.zeros_like(losses)
+    with Progress("comparing", len(windows), "windows", enabled=show_progress) as progress:
+        for place, ids in enumerate(windows):
+            exact: NDArray[np.float32] | None = None
+            for number, runtime in enumerate(runtimes):
+                logits = runtime.prefill(runtime.new_state(1, len(ids)), 0, ids)[:-1]
+                losses[number, place] = token_nll(logits, ids[1:]).mean()
+                found = log_softmax(logits)
+                exact = found if exact is None else exact
+                divergences[number, place] = kl_divergence(exact, found)
+            progress.advance(1)
+    return [
+        Row(math.exp(float(found.mean())), *rise(losses[0].tolist(), found.tolist()), float(divergence.mean()))
+        for found, divergence in zip(losses, divergences, strict=True)
+    ]
+
+
+def describe(folder: Path) -> str:
+    """How an exported folder stores its values, in a few words."""
+    record = read_json(folder / "export.json", what="exported folder", mend="export it again")
+    if record.get("values") in (None, "fp32"):
+        return "fp32"
+    group = f", group {record['group']}" if record.get("group") else ""
+    text = record.get("calibration")
+    calibrated = f", calibrated on {text['tokens']} tokens" if text else ""
+    return f"{record['values']}{group}, head {record['head']}{calibrated}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare exported folders; 0 when done."""
+    parser = argparse.ArgumentParser(prog="python -m losa_export.eval.studies.exported", description=main.__doc__)
+    parser.add_argument("exact", type=Path, metavar="ONNX", help="exported with fp32 values")
+    parser.add_argument("rounded", type=Path, nargs="+", metavar="ONNX", help="exported from the same checkpoint")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="that nothing was calibrated on")
+    parser.add_argument("--windows", type=int, default=24, metavar="N", help=f"of {WINDOW} tokens (default: 24)")
+    parser.add_argument("--threads", type=int, default=None, metavar="N", help="default: the physical cores")
+    options = parser.parse_args(arguments)
+    folders = [options.exact, *options.rounded]
+    try:
+        labels = [describe(folder) for folder in folders]
+        with ExitStack() as loaded:
+            runtimes = [
+                loaded.enter_context(closing(load_runtime("ort", folder, threads=options.threads)))
+                for folder in folders
+            ]
+            windows = token_windows(
+                read_documents([options.text]),
+                load_tokenizer(options.exact),
+                min(WINDOW, *(runtime.max_positions for runtime in runtimes)),
+                options.windows,
+                seed=0,
+                separator=next(iter(load_stop_ids(options.exact)), None),
+            )
+            rows = compare(runtimes, windows)
+    except LosaError as error:
+        sys.stderr.write(f"losa: error: {error}\n")
+        return error.exit_code
+    sys.stdout.write("| values | MB | perplexity | rise | KL |\n|---|---|---|---|---|\n")
+    for folder, label, row in zip(folders, labels, rows, strict=True):
+        size = read_json(folder / "export.json", what="exported folder", mend="export it again")["model_bytes"]
+        cost = "| | |" if folder is options.exact else f"| {_percent(row)} | {row.kl_divergence:.5f} |"
+        sys.stdout.write(f"| {label} | {size / 1e6:.0f} | {row.perplexity:.2f} {cost}\n")
+    return 0
+
+
+def _percent(row: Row) -> str:
+    return f"{row.rise_fraction:+.2%} ± {row.rise_error:.2%}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
