@@ -137,7 +137,13 @@ class MaskedLoRALinear(nn.Module):
     @contextlib.contextmanager
     def folded(self, dtype: torch.dtype | None = None) -> Iterator[None]:
         """Within the block, compute with a weight that is merged once: for passes without gradients."""
-        self._folded = self.merged().to(dtype or self.lora_A.dtype)
+        with self.computing_with(self.merged().to(dtype or self.lora_A.dtype)):
+            yield
+
+    @contextlib.contextmanager
+    def computing_with(self, weight: Tensor) -> Iterator[None]:
+        """Within the block, compute with `weight`, (out, in), and no adapter; gradients reach it."""
+        self._folded = weight
         try:
             yield
         finally:
