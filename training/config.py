@@ -17,6 +17,8 @@ from losa_export.training.allocation import RANK_ALLOCATORS, SPARSITY_ALLOCATORS
 Dtype = Literal["fp32", "bf16"]
 Compute = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
+Operator = Literal["exact", "lors"]
+Schedule = Literal["cosine", "per_round"]
 
 CONFIG_FILE = "config.toml"
 
@@ -47,9 +49,23 @@ class TrainConfig:
         weight_decay: decoupled decay of the active rank slices.
         gradient_clip: largest gradient norm over all adapters; 0 never clips.
         warmup_fraction: part of each round in which the rate rises again from zero.
+        learning_rate_schedule: "cosine" is one cosine over all rounds that keeps the optimizer's state between
+            them; "per_round" starts every round anew: rise, linear fall to zero, no moments of the round before.
+        kl_weight: λ₁ of the divergence KL(dense ‖ sparse) of the predictions; 0 asks no teacher.
+        squarehead_weight: λ₂ of the summed relative errors of the blocks' outputs; 0 asks no teacher.
+        operator: "exact" gradients of the adapters, or "lors", which leaves the mask out of them.
+        adapter_dropout: probability that an adapter does not see an input feature of a token; 0 needs one matrix
+            product less in the forward pass.
+        gradient_checkpointing: keep only the blocks' inputs and compute each block again in the backward pass.
         batch_size: windows in an optimizer step, over all processes.
         window: tokens in a window.
+        packing: tune on windows cut from the joined texts. Otherwise on one document each, cut to a window and
+            padded in its batch; what is padded counts in no loss. Calibration always reads whole windows, so
+            that no padding enters a statistic.
+        add_bos: put the beginning-of-text token before each document.
+        add_eos: put the end-of-text token between packed documents, and at the end of each unpacked one.
         calibration_windows: windows for the activation statistics of each round.
+        calibration_window: tokens in one of these; None is `window`.
         dtype: how the frozen block weights are held. Adapters are always float32.
         compute: dtype of activations and matrix products. "auto" is bf16 for a bf16 base on hardware that
             multiplies it natively, and fp32 otherwise.
@@ -78,9 +94,19 @@ class TrainConfig:
     weight_decay: float = 1e-3
     gradient_clip: float = 1.0
     warmup_fraction: float = 0.05
+    learning_rate_schedule: Schedule = "cosine"
+    kl_weight: float = 0.0
+    squarehead_weight: float = 0.0
+    operator: Operator = "exact"
+    adapter_dropout: float = 0.0
+    gradient_checkpointing: bool = False
     batch_size: int = 4
     window: int = 256
+    packing: bool = True
+    add_bos: bool = False
+    add_eos: bool = True
     calibration_windows: int = 16
+    calibration_window: int | None = None
     dtype: Dtype = "fp32"
     compute: Compute = "auto"
     device: Device = "auto"
@@ -102,6 +128,9 @@ class TrainConfig:
         self._require("window", self.window >= 2, "it must be at least 2: a token to read and one to predict")
         self._require("steps", self.steps is None or self.steps >= 0, "it must not be negative")
         self._require(
+            "calibration_window", self.calibration_window is None or self.calibration_window >= 1, "it must be positive"
+        )
+        self._require(
             "time_budget_seconds",
             self.time_budget_seconds is None or self.time_budget_seconds > 0.0,
             "it must be positive",
@@ -111,14 +140,17 @@ class TrainConfig:
         for name in ("scaling", "learning_rate"):
             value = getattr(self, name)
             self._require(name, 0.0 < value < math.inf, "it must be positive and finite")
-        for name in ("weight_decay", "gradient_clip", "save_every_seconds"):
+        for name in ("weight_decay", "gradient_clip", "save_every_seconds", "kl_weight", "squarehead_weight"):
             value = getattr(self, name)
             self._require(name, 0.0 <= value < math.inf, "it must be 0 or a positive finite number")
         self._require("warmup_fraction", 0.0 <= self.warmup_fraction < 1.0, "it must lie in [0, 1)")
+        self._require("adapter_dropout", 0.0 <= self.adapter_dropout < 1.0, "it must lie in [0, 1)")
         self._require("seed", self.seed >= 0, "it must not be negative")
         self._choice("dtype", ("fp32", "bf16"))
         self._choice("compute", ("auto", "fp32", "bf16"))
         self._choice("device", ("auto", "cpu", "cuda"))
+        self._choice("operator", ("exact", "lors"))
+        self._choice("learning_rate_schedule", ("cosine", "per_round"))
         self._choice("sparsity_allocator", tuple(SPARSITY_ALLOCATORS))
         self._choice("rank_allocator", tuple(RANK_ALLOCATORS))
 
@@ -193,7 +225,7 @@ def _typed(name: str, annotation: str, value: Any, where: Path) -> Any:
         return value
     if kind == "float" and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    if kind in ("str", "Dtype", "Compute", "Device") and isinstance(value, str):
+    if kind in ("str", "Dtype", "Compute", "Device", "Operator", "Schedule") and isinstance(value, str):
         return value
     raise ConfigError(f"'{where}': {name} is {value!r}, which is not a {kind}; correct it", field=name)
 
