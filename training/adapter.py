@@ -68,7 +68,8 @@ class MaskedLoRALinear(nn.Module):
     """A linear layer whose weight is frozen and pruned, with a low-rank update under the same mask.
 
     Args:
-        linear: the dense layer; its weight and bias are taken over and never changed.
+        linear: the dense layer; its weight and bias are taken over. Training changes neither; pruning with
+            compensation or reconstruction may replace the weight by `set_weight`.
         max_rank: rows of A and columns of B that are allocated.
         rank: how many of them are active at first.
         scaling: s, the same whatever the rank.
@@ -96,6 +97,17 @@ class MaskedLoRALinear(nn.Module):
         self.rank = 0
         self.set_rank(rank)
         self._folded: Tensor | None = None
+        self._dense: Tensor | None = None
+
+    @property
+    def weight_changed(self) -> bool:
+        """Whether the frozen weight is another than the dense checkpoint's."""
+        return self._dense is not None
+
+    @property
+    def dense_weight(self) -> Tensor:
+        """(out, in), the dense checkpoint's weight, kept beside a changed one: a teacher needs it."""
+        return self.weight.detach() if self._dense is None else self._dense.to(self.weight.device)
 
     @property
     def max_rank(self) -> int:
@@ -128,6 +140,32 @@ class MaskedLoRALinear(nn.Module):
                 "use the masks of this model"
             )
         self.mask.copy_(kept)
+
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        """Replace the frozen W by `weight`, (out, in), rounded to W's dtype. Raises: MaskError for another shape."""
+        self._check_shape(weight)
+        if self._dense is None:
+            self._dense = self.weight.detach()
+        self.weight.data = weight.detach().to(self.weight, copy=True)
+
+    @torch.no_grad()
+    def set_effective_weight(self, effective: Tensor) -> None:
+        """Choose W so that (W + s·BA)⊙M is `effective`, (out, in), where kept; W is 0 where pruned.
+
+        Up to the rounding of W's dtype. Raises: MaskError for another shape.
+        """
+        self._check_shape(effective)
+        a, b = self.active()
+        delta = torch.mm(b, a).mul_(self.scaling)
+        self.set_weight((effective.to(delta) - delta).mul_(self.mask))
+
+    def _check_shape(self, weight: Tensor) -> None:
+        if weight.shape != self.weight.shape:
+            raise MaskError(
+                f"a weight of shape {tuple(weight.shape)} cannot replace one of shape {tuple(self.weight.shape)}; "
+                "use the weights of this model"
+            )
 
     @torch.no_grad()
     def merged(self) -> Tensor:

@@ -204,3 +204,31 @@ def test_a_mask_of_another_shape_is_an_error() -> None:
 
 def test_the_layer_describes_itself() -> None:
     assert "in=10, out=6, rank=3/5, s=2" in repr(make_layer())
+
+
+def test_a_changed_weight_leaves_the_dense_one_as_it_was_and_the_effective_one_as_asked() -> None:
+    linear = nn.Linear(6, 4)
+    dense = linear.weight.detach().clone()
+    layer = MaskedLoRALinear(linear, max_rank=2, rank=2, scaling=2.0, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layer.lora_B.normal_(generator=torch.Generator().manual_seed(1))
+    kept = torch.arange(24).reshape(4, 6) % 3 != 0
+    layer.set_mask(kept)
+    assert not layer.weight_changed
+    assert torch.equal(layer.dense_weight, dense)
+    target = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    layer.set_effective_weight(target)
+    # 1e-6: one float32 subtraction and one addition of numbers below 10
+    torch.testing.assert_close(layer.merged(), target * kept, atol=1e-6, rtol=0)
+    assert not layer.weight[~kept].any()
+    assert layer.weight_changed
+    assert torch.equal(layer.dense_weight, dense)
+    assert torch.equal(linear.weight, dense)
+    assert not layer.weight.requires_grad
+
+
+def test_a_weight_of_another_shape_is_refused() -> None:
+    layer = MaskedLoRALinear(nn.Linear(6, 4), max_rank=1, rank=1, scaling=2.0, generator=torch.Generator())
+    for change in (layer.set_weight, layer.set_effective_weight):
+        with pytest.raises(MaskError, match=r"weight of shape \(6, 4\) cannot replace one of shape \(4, 6\)"):
+            change(torch.zeros(6, 4))
