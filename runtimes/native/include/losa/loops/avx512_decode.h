@@ -52,28 +52,33 @@ static void decode_panels(const losa::Weight& w, losa::BlockRange blocks, const 
   }
 }
 
-template <template <int> class Kernel, class X>
-static void decode_tokens(const losa::Weight& w, losa::BlockRange blocks, const X& x, int64_t tokens, float* y) {
+/// As many tokens as one kernel takes.
+template <class Kernel, class X>
+static void decode_tokens_as(const losa::Weight& w, losa::BlockRange blocks, const X& x, float* y) {
   for (; blocks.first < blocks.last; blocks.first += kPanelBlocks) {
     const int64_t end = blocks.first + kPanelBlocks;
-    const losa::BlockRange part{blocks.first, end < blocks.last ? end : blocks.last};
-    int64_t token = 0;
-    for (int64_t groups = (tokens + kMaxDecodeTokens - 1) / kMaxDecodeTokens; groups > 0; --groups) {
-      const int64_t count = (tokens - token + groups - 1) / groups;  // 10 tokens as 5 + 5, not 8 + 2
-      const X from = x.from(token);
-      float* to = y + token * w.rows;
-      switch (count) {
-        case 1: decode_panels<Kernel<1>>(w, part, from, to); break;
-        case 2: decode_panels<Kernel<2>>(w, part, from, to); break;
-        case 3: decode_panels<Kernel<3>>(w, part, from, to); break;
-        case 4: decode_panels<Kernel<4>>(w, part, from, to); break;
-        case 5: decode_panels<Kernel<5>>(w, part, from, to); break;
-        case 6: decode_panels<Kernel<6>>(w, part, from, to); break;
-        case 7: decode_panels<Kernel<7>>(w, part, from, to); break;
-        default: decode_panels<Kernel<8>>(w, part, from, to); break;
-      }
-      token += count;
+    decode_panels<Kernel>(w, {blocks.first, end < blocks.last ? end : blocks.last}, x, y);
+  }
+}
+
+template <template <int> class Kernel, class X>
+static void decode_tokens(const losa::Weight& w, losa::BlockRange blocks, const X& x, int64_t tokens, float* y) {
+  int64_t token = 0;
+  for (int64_t groups = (tokens + kMaxDecodeTokens - 1) / kMaxDecodeTokens; groups > 0; --groups) {
+    const int64_t count = (tokens - token + groups - 1) / groups;  // 10 tokens as 5 + 5, not 8 + 2
+    const X from = x.from(token);
+    float* to = y + token * w.rows;
+    switch (count) {
+      case 1: decode_tokens_as<Kernel<1>>(w, blocks, from, to); break;
+      case 2: decode_tokens_as<Kernel<2>>(w, blocks, from, to); break;
+      case 3: decode_tokens_as<Kernel<3>>(w, blocks, from, to); break;
+      case 4: decode_tokens_as<Kernel<4>>(w, blocks, from, to); break;
+      case 5: decode_tokens_as<Kernel<5>>(w, blocks, from, to); break;
+      case 6: decode_tokens_as<Kernel<6>>(w, blocks, from, to); break;
+      case 7: decode_tokens_as<Kernel<7>>(w, blocks, from, to); break;
+      default: decode_tokens_as<Kernel<8>>(w, blocks, from, to); break;
     }
+    token += count;
   }
 }
 

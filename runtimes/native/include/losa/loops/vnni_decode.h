@@ -91,9 +91,7 @@ struct IntegerDecode {
       for (int b = 0; b < Blocks; ++b)
 #pragma GCC unroll 8
         for (int t = 0; t < Tokens; ++t) {
-          totals[b][t] = sums[b][t][0];
-#pragma GCC unroll 4
-          for (int p = 1; p < kPartial; ++p) totals[b][t] = _mm512_add_epi32(totals[b][t], sums[b][t][p]);
+          totals[b][t] = Elements::total(sums[b][t]);
         }
     }
 
@@ -114,5 +112,9 @@ struct IntegerDecode {
   static void run(const losa::Weight& w, losa::BlockRange blocks, const losa::RoundedTokens& x, int64_t tokens,
                   float* y) {
     decode_tokens<Kernel>(w, blocks, x, tokens, y);
+  }
+
+  static void run_one(const losa::Weight& w, losa::BlockRange blocks, const losa::RoundedTokens& x, float* y) {
+    decode_tokens_as<Kernel<1>>(w, blocks, x, y);
   }
 };

@@ -33,6 +33,15 @@ struct IntegerElements {
   }
 };
 
+/// The sum of partial sums.
+template <int Partial>
+LOSA_INLINE static __m512i sum_up(const __m512i (&sums)[Partial]) {
+  __m512i total = sums[0];
+#pragma GCC unroll 4
+  for (int p = 1; p < Partial; ++p) total = _mm512_add_epi32(total, sums[p]);
+  return total;
+}
+
 struct Pairs : IntegerElements {
   static constexpr int kOfStep = 2;
   static constexpr PrefillCosts kCosts = {1.28, 0.36};
@@ -74,6 +83,9 @@ struct Pairs : IntegerElements {
       }
     }
   }
+
+  template <int Partial>
+  LOSA_INLINE static __m512i total(const __m512i (&sums)[Partial]) { return sum_up(sums); }
 
   // Prefill: all signed, nothing to come off.
 
@@ -131,6 +143,9 @@ struct Quads : IntegerElements {
     }
   }
 
+  template <int Partial>
+  LOSA_INLINE static __m512i total(const __m512i (&sums)[Partial]) { return sum_up(sums); }
+
   // Prefill: x gets the 128, so that an absent element of weights adds nothing and may be skipped.
 
   /// `excess` grows by 128 times each row's levels.
@@ -154,4 +169,37 @@ struct Quads : IntegerElements {
 
  private:
   static constexpr int64_t kStarts = losa::kMaxGroup / 4 * losa::kBlockRows;  // in a tile, behind a group's elements
+};
+
+/// One token's 16-bit activations as two fours of bytes, x = 256 high + low: weights need not become 16-bit integers,
+/// which takes the same units as expanding them does. There is no use in it for more tokens: high and low have sums of
+/// their own, for which there are not registers enough.
+struct SplitQuads {
+  static constexpr int kOfStep = 2;
+
+  /// For each step its four high bytes, signed, and then its four low ones, unsigned.
+  LOSA_INLINE static __m512i arrange(const int16_t* from, int32_t* to) {
+    const __m512i x = _mm512_loadu_si512(from), high = _mm512_srai_epi16(x, 8);
+    const __m512i fours = _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(_mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13,
+                                                                                      15, 8, 10, 12, 14)));
+    _mm512_store_si512(to, fours);
+    return _mm512_madd_epi16(high, _mm512_set1_epi16(-128));  // weights get the 128 where they meet high bytes
+  }
+
+  /// Sums of high bytes and of low ones take turns.
+  template <int Blocks, int Tokens, int Partial>
+  LOSA_INLINE static void add_steps(const __m512i (&steps)[Blocks], const int32_t* x, int64_t, int turn,
+                                    __m512i (&sums)[Blocks][Tokens][Partial]) {
+    static_assert(Blocks == 1 && Tokens == 1 && Partial == 4, "a register for each sum");
+    const int first = 2 * turn % Partial;
+    add_quads(sums[0][0][first], _mm512_xor_si512(steps[0], _mm512_set1_epi8(-128)), x);
+    add_quads(sums[0][0][first + 1], _mm512_set1_epi32(x[1]), steps[0]);
+  }
+
+  /// Exact: what overflows on the way comes back, as the total does not.
+  template <int Partial>
+  LOSA_INLINE static __m512i total(const __m512i (&sums)[Partial]) {
+    const __m512i high = _mm512_add_epi32(sums[0], sums[2]), low = _mm512_add_epi32(sums[1], sums[3]);
+    return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+  }
 };

@@ -14,15 +14,24 @@
 
 // `Sparse` and `Dense` walk a weight of the type (vnni_steps.h).
 
+template <class Steps>
+static void decode_steps(const losa::Weight& w, losa::BlockRange blocks, const losa::RoundedTokens& x, int64_t tokens,
+                         float* y) {
+  if (w.activation_bits == 8)
+    IntegerDecode<Steps, Quads>::run(w, blocks, x, tokens, y);
+  else if (tokens == 1)
+    IntegerDecode<Steps, SplitQuads>::run_one(w, blocks, x, y);
+  else
+    IntegerDecode<Steps, Pairs>::run(w, blocks, x, tokens, y);
+}
+
 template <class Sparse, class Dense>
 static void decode_integers(const losa::Weight& w, losa::BlockRange blocks, const losa::RoundedTokens& x,
                             int64_t tokens, float* y) {
-  if (w.activation_bits == 8)
-    w.dense() ? IntegerDecode<Dense, Quads>::run(w, blocks, x, tokens, y)
-              : IntegerDecode<Sparse, Quads>::run(w, blocks, x, tokens, y);
+  if (w.dense())
+    decode_steps<Dense>(w, blocks, x, tokens, y);
   else
-    w.dense() ? IntegerDecode<Dense, Pairs>::run(w, blocks, x, tokens, y)
-              : IntegerDecode<Sparse, Pairs>::run(w, blocks, x, tokens, y);
+    decode_steps<Sparse>(w, blocks, x, tokens, y);
 }
 
 template <class Sparse, class Dense, class Elements>
