@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from losa_export.training.adapter import MaskedLoRALinear
 from losa_export.training.allocation import FloatVector
-from losa_export.training.calibration import capture_block_inputs, input_square_sums, run_block
+from losa_export.training.calibration import BlockBatch, capture_block_inputs, input_square_sums, run_block
 from losa_export.training.model import AdaptedModel
+from losa_export.training.reconstruction_error import ChannelErrors, ErrorKind
 from losa_export.training.scores import pruned_per_row, select_kept, wanda_scores
 
 
@@ -21,8 +24,9 @@ def prune_blocks(
     targets: FloatVector,
     *,
     batch_size: int,
+    errors: ErrorKind | None = None,
     on_block: Callable[[int], None] = lambda _: None,
-) -> None:
+) -> FloatVector | None:
     """Set the masks of all layers to the sparsity of their block.
 
     Scores are taken on the folded weight (W + s·BA)⊙M, so that what the adapters learnt counts. Statistics of
@@ -33,20 +37,52 @@ def prune_blocks(
         windows: (n, tokens) int64 calibration windows.
         targets: (L,) sparsity of each block.
         batch_size: windows run together.
+        errors: measure each block's reconstruction error, against a dense block that reads what the dense model
+            gives it, or what the sparse one does. The dense pass goes along block by block, so that one block's
+            outputs are held at a time. None measures nothing.
         on_block: told the number of each block when it is done; may raise to stop between blocks.
+    Returns: (L,) float64 errors, or None if none were asked for.
     """
     batches = capture_block_inputs(adapted.model, adapted.blocks, windows, batch_size)
+    dense = [batch.hidden for batch in batches]
+    measured: list[float] = []
     for index, block in enumerate(adapted.blocks):
         layers = adapted.layers_of(index)
-        with _all_folded(layers, adapted.compute_dtype):
+        with all_folded(layers, adapted.compute_dtype):
             sums = input_square_sums(block, index, layers, batches)
         for name, layer in layers.items():
             prune_layer(layer, sums[name], float(targets[index]))
-        if index + 1 < len(adapted.blocks):
-            with _all_folded(layers, adapted.compute_dtype):
-                for batch in batches:
-                    batch.hidden = run_block(block, index, batch)
+        if errors is not None:
+            inputs = dense if errors == "accumulated" else [batch.hidden for batch in batches]
+            with all_dense(layers, adapted.compute_dtype):
+                dense = _outputs(block, index, batches, inputs)
+        if errors is not None or index + 1 < len(adapted.blocks):
+            with all_folded(layers, adapted.compute_dtype):
+                advance(block, index, batches)
+        if errors is not None:
+            measured.append(_error(dense, batches))
         on_block(index)
+    return None if errors is None else np.array(measured, dtype=np.float64)
+
+
+def advance(block: nn.Module, index: int, batches: Sequence[BlockBatch]) -> None:
+    """Run block `index` as it is, and let its outputs take the place of its inputs."""
+    for batch in batches:
+        batch.hidden = run_block(block, index, batch)
+
+
+def _outputs(block: nn.Module, index: int, batches: Sequence[BlockBatch], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs of block `index` for `inputs`, called as the model calls it for `batches`."""
+    return [
+        run_block(block, index, replace(batch, hidden=hidden)) for batch, hidden in zip(batches, inputs, strict=True)
+    ]
+
+
+def _error(dense: Sequence[Tensor], batches: Sequence[BlockBatch]) -> float:
+    errors = ChannelErrors()
+    for wanted, batch in zip(dense, batches, strict=True):
+        errors.add(wanted, batch.hidden)
+    return errors.error()
 
 
 @torch.no_grad()
@@ -57,8 +93,18 @@ def prune_layer(layer: MaskedLoRALinear, input_sq_sum: Tensor, sparsity_fraction
 
 
 @contextlib.contextmanager
-def _all_folded(layers: Mapping[str, MaskedLoRALinear], dtype: torch.dtype) -> Iterator[None]:
+def all_folded(layers: Mapping[str, MaskedLoRALinear], dtype: torch.dtype) -> Iterator[None]:
+    """Within the block, `layers` compute with their effective weights, merged once."""
     with contextlib.ExitStack() as stack:
         for layer in layers.values():
             stack.enter_context(layer.folded(dtype))
+        yield
+
+
+@contextlib.contextmanager
+def all_dense(layers: Mapping[str, MaskedLoRALinear], dtype: torch.dtype) -> Iterator[None]:
+    """Within the block, `layers` compute as in the dense checkpoint: no mask, no adapter."""
+    with contextlib.ExitStack() as stack:
+        for layer in layers.values():
+            stack.enter_context(layer.computing_with(layer.dense_weight.to(dtype)))
         yield
