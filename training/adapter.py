@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,18 +32,33 @@ def effective_weight(weight: Tensor, mask: Tensor, a: Tensor, b: Tensor, scaling
     return merged.mul_(mask)
 
 
+Operator = Literal["exact", "lors"]
+
+
 class _MaskedLoRAFunction(torch.autograd.Function):
-    """One matrix product forward and two backward, with exact gradients.
+    """One matrix product forward; backward two with exact gradients, or one with those of LoRS.
 
     Only x, A, B and references to W and M are kept; the effective weight is built again in `backward`.
+    The exact gradients are ∂A = s·Bᵀ(G⊙M) and ∂B = s·(G⊙M)Aᵀ with G = gᵀx, g the gradient of the output. "lors"
+    drops M from them, so that G, as large as W, is never formed: ∂A = s·(gB)ᵀx and ∂B = s·gᵀ(xAᵀ).
+
+    Source: of "lors", LoRS, arXiv:2501.08582.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, scaling: float
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        weight: Tensor,
+        mask: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        operator: Operator,
     ) -> Tensor:
         ctx.save_for_backward(x, a, b, weight, mask)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.operator = scaling, operator
         with torch.autocast(x.device.type, enabled=False):
             merged = effective_weight(weight, mask, a, b, scaling).to(x.dtype)
             return functional.linear(x, merged, bias)
@@ -57,11 +72,32 @@ class _MaskedLoRAFunction(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_x = grad_output @ effective_weight(weight, mask, a, b, ctx.scaling).to(x.dtype)
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                rows = grad_output.reshape(-1, grad_output.shape[-1])
-                grad_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(a.dtype).mul_(mask)
-                grad_a = (b.T @ grad_weight).mul_(ctx.scaling)
-                grad_b = (grad_weight @ a.T).mul_(ctx.scaling)
-        return grad_x, grad_a, grad_b, None, None, None, None
+                rows, inputs = grad_output.reshape(-1, grad_output.shape[-1]), x.reshape(-1, x.shape[-1])
+                if ctx.operator == "lors":
+                    grad_a = ((rows @ b.to(x.dtype)).T @ inputs).to(a.dtype).mul_(ctx.scaling)
+                    grad_b = (rows.T @ (inputs @ a.T.to(x.dtype))).to(a.dtype).mul_(ctx.scaling)
+                else:
+                    grad_weight = (rows.T @ inputs).to(a.dtype).mul_(mask)
+                    grad_a = (b.T @ grad_weight).mul_(ctx.scaling)
+                    grad_b = (grad_weight @ a.T).mul_(ctx.scaling)
+        return grad_x, grad_a, grad_b, None, None, None, None, None
+
+
+class _MaskedProduct(torch.autograd.Function):
+    """x·(W⊙M)ᵀ + b for a frozen W, which is masked again in `backward` rather than kept masked."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, mask)
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.linear(x, (weight * mask).to(x.dtype), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, None]:
+        weight, mask = ctx.saved_tensors
+        with torch.autocast(grad_output.device.type, enabled=False):
+            return grad_output @ (weight * mask).to(grad_output.dtype), None, None, None
 
 
 class MaskedLoRALinear(nn.Module):
@@ -74,17 +110,29 @@ class MaskedLoRALinear(nn.Module):
         rank: how many of them are active at first.
         scaling: s, the same whatever the rank.
         generator: of A's start, Kaiming-uniform over the inputs; B starts at zero, so the update does too.
+        operator: how the gradients of A and B are taken, see `_MaskedLoRAFunction`.
+        dropout: probability, in [0, 1), that the adapter does not see an input feature of a token, in training mode
+            alone. The two parts of the weight then meet different inputs and need a matrix product each.
+    A new layer is in evaluation mode.
     Raises: ConfigError if `rank` exceeds `max_rank`.
     """
 
     mask: Tensor
 
     def __init__(
-        self, linear: nn.Linear, *, max_rank: int, rank: int, scaling: float, generator: torch.Generator
+        self,
+        linear: nn.Linear,
+        *,
+        max_rank: int,
+        rank: int,
+        scaling: float,
+        generator: torch.Generator,
+        operator: Operator = "exact",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = linear.out_features, linear.in_features
-        self.scaling = scaling
+        self.scaling, self.operator, self.dropout = scaling, operator, dropout
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
@@ -98,6 +146,7 @@ class MaskedLoRALinear(nn.Module):
         self.set_rank(rank)
         self._folded: Tensor | None = None
         self._dense: Tensor | None = None
+        self.eval()
 
     @property
     def weight_changed(self) -> bool:
@@ -196,9 +245,22 @@ class MaskedLoRALinear(nn.Module):
         if self._folded is not None:
             return functional.linear(x, self._folded.to(x.dtype), bias)
         a, b = self.active()
-        arguments = (x, a, b, self.weight, self.mask, bias, self.scaling)
+        if self.training and self.dropout > 0.0:
+            base: Tensor = _MaskedProduct.apply(x, self.weight, self.mask, bias)  # type: ignore[no-untyped-call]
+            seen, nothing = functional.dropout(x, self.dropout), a.new_zeros(())
+            return base + self._product(seen, a, b, nothing, None)
+        return self._product(x, a, b, self.weight, bias)
+
+    def _product(self, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        arguments = (x, a, b, weight, self.mask, bias, self.scaling, self.operator)
         output: Tensor = _MaskedLoRAFunction.apply(*arguments)  # type: ignore[no-untyped-call]
         return output
+
+    @contextlib.contextmanager
+    def dense(self) -> Iterator[None]:
+        """Within the block, compute as the dense model does: no mask, no adapter."""
+        with self.computing_with(self.dense_weight):
+            yield
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -137,6 +137,8 @@ def attach_adapters(model: nn.Module, config: TrainConfig, compute_dtype: torch.
                 rank=config.rank,
                 scaling=config.scaling,
                 generator=torch.Generator().manual_seed(int(seed)),
+                operator=config.operator,
+                dropout=config.adapter_dropout,
             )
             setattr(block.get_submodule(parent_path), attribute, layers[name])
     return AdaptedModel(model, blocks, layers, compute_dtype)

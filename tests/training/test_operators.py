@@ -1,0 +1,138 @@
+"""The two gradient operators, dropout before the adapter, and the teacher's view of a layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from losa_export.training.adapter import MaskedLoRALinear, Operator
+
+
+def make_layer(
+    operator: Operator,
+    *,
+    density: float = 0.6,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+    bias: bool = True,
+) -> MaskedLoRALinear:
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(10, 6, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    layer = MaskedLoRALinear(
+        linear, max_rank=5, rank=3, scaling=2.0, generator=generator, operator=operator, dropout=dropout
+    )
+    with torch.no_grad():
+        layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator))
+    layer.set_mask(torch.rand(6, 10, generator=generator) < density)
+    return layer
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    x = torch.randn(2, 7, 10, dtype=dtype, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    return x, torch.randn(2, 7, 6, dtype=dtype, generator=torch.Generator().manual_seed(2))
+
+
+def gradients(layer: MaskedLoRALinear) -> tuple[Tensor, ...]:
+    x, signal = inputs()
+    return torch.autograd.grad((layer(x) * signal).sum(), [x, layer.lora_A, layer.lora_B])
+
+
+def test_lors_equals_exact_where_nothing_is_pruned() -> None:
+    for mine, wanted in zip(
+        gradients(make_layer("lors", density=1.1)), gradients(make_layer("exact", density=1.1)), strict=True
+    ):
+        # 1e-12 relative: float64 sums of some hundred terms in two orders
+        torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_lors_equals_finite_differences_where_nothing_is_pruned() -> None:
+    layer = make_layer("lors", density=1.1)
+    x = torch.randn(3, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    # 1e-6: what gradcheck's differences over 1e-6 resolve in float64
+    assert torch.autograd.gradcheck(lambda x, a, b: layer(x), (x, layer.lora_A, layer.lora_B), atol=1e-6)
+
+
+def test_under_a_mask_lors_leaves_the_mask_out_of_the_adapters_gradients_alone() -> None:
+    layer = make_layer("lors")
+    x, signal = inputs()
+    rows, features = signal.reshape(-1, 6), x.detach().reshape(-1, 10)
+    a, b = (factor.detach() for factor in layer.active())
+    output_exact = make_layer("exact")(x)
+    torch.testing.assert_close(layer(x), output_exact, rtol=0, atol=0)
+    mine, exact = gradients(layer), gradients(make_layer("exact"))
+    torch.testing.assert_close(mine[0], exact[0], rtol=0, atol=0)
+    # 1e-12 relative: float64 sums in two orders
+    torch.testing.assert_close(mine[1][:3], 2.0 * b.T @ (rows.T @ features), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mine[2][:, :3], 2.0 * (rows.T @ features) @ a.T, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(mine[1], exact[1])
+
+
+@pytest.mark.parametrize("operator", ["exact", "lors"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_only_active_slices_of_the_adapters_get_gradients(operator: Operator, dropout: float) -> None:
+    layer = make_layer(operator, dropout=dropout).train()
+    x, signal = inputs()
+    (layer(x) * signal).sum().backward()  # type: ignore[no-untyped-call]
+    receivers = {name for name, parameter in layer.named_parameters() if parameter.grad is not None}
+    assert receivers == {"lora_A", "lora_B"}
+    assert layer.lora_A.grad is not None
+    assert layer.lora_B.grad is not None
+    assert bool((layer.lora_A.grad[3:] == 0).all())
+    assert bool((layer.lora_B.grad[:, 3:] == 0).all())
+    assert bool((layer.lora_A.grad[:3] != 0).any())
+    assert bool((layer.lora_B.grad[:, :3] != 0).any())
+
+
+@pytest.mark.parametrize("operator", ["exact", "lors"])
+def test_bfloat16_activations_give_float32_gradients_to_float32_adapters(operator: Operator) -> None:
+    layer = make_layer(operator, dtype=torch.float32)
+    x, signal = inputs(torch.float32)
+    (layer(x.bfloat16()).float() * signal).sum().backward()  # type: ignore[no-untyped-call]
+    assert layer.lora_A.grad is not None
+    assert layer.lora_A.grad.dtype == torch.float32
+    low = layer.lora_A.grad.clone()
+    layer.lora_A.grad = None
+    (layer(x) * signal).sum().backward()  # type: ignore[no-untyped-call]
+    assert layer.lora_A.grad is not None
+    # 3e-2 in norm: bfloat16 in two products in a row
+    assert float((low - layer.lora_A.grad).norm()) < 3e-2 * float(low.norm())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_dropout_meets_the_adapter_alone_with_the_gradients_of_plain_autograd(bias: bool) -> None:
+    layer = make_layer("exact", dropout=0.4, bias=bias).train()
+    x, signal = inputs()
+    torch.manual_seed(7)
+    ours = layer(x)
+    mine = torch.autograd.grad((ours * signal).sum(), [x, layer.lora_A, layer.lora_B])
+    torch.manual_seed(7)
+    a, b = layer.active()
+    reference = functional.linear(x, layer.weight * layer.mask, layer.bias)
+    reference = reference + functional.dropout(x, 0.4) @ (2.0 * (b @ a) * layer.mask).T
+    wanted = torch.autograd.grad((reference * signal).sum(), [x, layer.lora_A, layer.lora_B])
+    # 1e-12 relative: float64 sums in two orders
+    torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
+    for left, right in zip(mine, wanted, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+
+
+def test_a_new_layer_drops_nothing_before_it_is_put_into_training_mode() -> None:
+    layer, plain = make_layer("exact", dropout=0.4), make_layer("exact")
+    x, _ = inputs()
+    assert torch.equal(layer(x), plain(x))
+    assert not torch.equal(layer.train()(x), plain(x))
+
+
+def test_the_dense_view_ignores_mask_adapters_and_a_changed_base_weight() -> None:
+    layer = make_layer("exact")
+    x, _ = inputs()
+    expected = functional.linear(x, layer.weight.clone(), layer.bias)
+    layer.set_weight(torch.zeros(6, 10, dtype=torch.float64))
+    with layer.dense():
+        assert torch.equal(layer(x), expected)
+    assert not torch.equal(layer(x), expected)
