@@ -44,12 +44,38 @@ class Checkpoint:
     Attributes:
         folder: where it lies.
         config: the parsed `config.json`.
+        replaced: names of tensors that are read from another file than the folder's own (`overlaid`).
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], tensors: dict[str, _TensorEntry]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        tensors: dict[str, _TensorEntry],
+        replacements: dict[str, _TensorEntry] | None = None,
+    ) -> None:
         self.folder = folder
         self.config = config
-        self._tensors = tensors
+        self.replaced = frozenset(replacements or {})
+        self._own = tensors
+        self._tensors = {**tensors, **(replacements or {})}
+
+    def overlaid(self, path: Path) -> Checkpoint:
+        """The same checkpoint with the tensors of the safetensors file `path` in place of its own.
+
+        Raises: CheckpointError if the file is damaged, or holds a tensor that the checkpoint lacks or that has
+            another shape there.
+        """
+        replacements = _read_header(path)
+        for name, entry in replacements.items():
+            if not self.exists(name) or self.shape(name) != entry.shape:
+                own = self.shape(name) if self.exists(name) else "missing"
+                raise CheckpointError(
+                    f"tensor '{name}' of '{path}' is {entry.shape}, but {own} in '{self.folder}'; give the "
+                    "checkpoint it was made for",
+                    tensor=name,
+                )
+        return Checkpoint(self.folder, self.config, self._own, replacements)
 
     def names(self) -> tuple[str, ...]:
         """Names of all tensors, sorted."""
@@ -89,8 +115,8 @@ class Checkpoint:
         return np.asarray(tensor, dtype=np.float32)
 
     def weight_files(self) -> tuple[Path, ...]:
-        """The safetensors files that the tensors lie in, sorted."""
-        return tuple(sorted({entry.file for entry in self._tensors.values()}))
+        """The folder's safetensors files, sorted."""
+        return tuple(sorted({entry.file for entry in self._own.values()}))
 
     def weights_sha256(self) -> str:
         """Identity of the weights: the SHA-256 of the one weight file, or of the list of those of all shards."""

@@ -3,7 +3,8 @@
     W' = (W + s·BA) ⊙ M
 
 out of place, one tensor at a time. The result is an ordinary checkpoint: no adapter, no special code to load
-it, exactly the zeros of the mask. What was written is read back and proved (`proof`) before the output folder
+it, exactly the zeros of the mask. W is the base's weight, or the one that the run put in its place
+(`base_weights`). What was written is read back and proved (`proof`) before the output folder
 appears; a merge that fails its proof leaves nothing.
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_export.architecture import DecoderSpec, prunable_names
+from losa_export.base_weights import describe_changed_weights, with_changed_weights
 from losa_export.checkpoint import CONFIG_FILE, Checkpoint, CheckpointWriter, copy_companions, open_checkpoint
 from losa_export.errors import CheckpointError, InputError, MaskError
 from losa_export.files import check_output, input_folder, output_folder, sha256_of, write_text_atomic
@@ -76,12 +78,13 @@ def merge_run(run: Path, output: Path, *, base: Path | None = None, overwrite: b
     """Merge a training run: dense base, masks, adapters → an ordinary sparse checkpoint.
 
     Args:
-        run: folder of a training run: config.toml, masks.safetensors, and adapter/ unless it only pruned.
+        run: folder of a training run: config.toml, masks.safetensors, adapter/ unless it only pruned, and
+            weights.safetensors if it changed weights of its base.
         output: the merged checkpoint. It appears whole and proved, or not at all.
         base: the dense checkpoint, if it no longer lies where the run found it.
         overwrite: replace a non-empty output.
     Raises:
-        InputError: the run or its base is missing or unreadable.
+        InputError: the run or its base is missing or unreadable; CheckpointError also for changed weights.
         MaskError, AdapterError: they do not fit the base.
         MergeProofError: the merge would wake a zero, lose a weight or change the function.
         OutputError: the output exists, touches an input, or cannot be written.
@@ -94,9 +97,13 @@ def merge_run(run: Path, output: Path, *, base: Path | None = None, overwrite: b
     masks = load_masks(run / MASKS_FILE)
     checkpoint = open_checkpoint(folder)
     check_masks(masks, checkpoint)
+    checkpoint = with_changed_weights(checkpoint, masks)
     adapter_folder = run / ADAPTER_FOLDER
     adapter = open_adapter(adapter_folder, checkpoint) if adapter_folder.is_dir() else None
-    provenance = {"run": {"name": run.resolve().name, "config": without_folders(config)}}
+    provenance = {
+        "run": {"name": run.resolve().name, "config": without_folders(config)},
+        "changed_weights": describe_changed_weights(checkpoint, run),
+    }
     readers: dict[str, ReadMask] = dict.fromkeys(masks.names, masks.read)
     return _merge(checkpoint, readers, adapter, output, overwrite, [run], provenance, MASKS_FILE, started)
 

@@ -79,7 +79,7 @@ def prove_tensors(
     """Hold every written tensor against its base and its mask, one at a time.
 
     Args:
-        base: the checkpoint before the merge.
+        base: the checkpoint before the merge, with the weights that the run changed, if any.
         written: the merged checkpoint, opened again.
         masks: weight name → reader of the mask that the merge was asked to keep.
         written_mask: reads a mask from the masks file of the output.
@@ -219,8 +219,8 @@ def unmerged_logits(
 ) -> NDArray[np.floating[Any]]:
     """Logits of base, mask and adapter kept apart: y = x(W⊙M)ᵀ + s·x((BA)⊙M)ᵀ.
 
-    The base is loaded by plain transformers; the second product is added by forward hooks, so none of the
-    merge's own arithmetic is used.
+    The base is loaded by plain transformers, and weights that the run changed are put in place; the second
+    product is added by forward hooks, so none of the merge's own arithmetic is used.
 
     Args:
         base: the checkpoint before the merge.
@@ -235,6 +235,8 @@ def unmerged_logits(
     import torch
 
     with torch.inference_mode():
+        for name in sorted(base.replaced):
+            model.get_submodule(name.removesuffix(".weight")).weight.copy_(torch.from_numpy(base.read(name)))
         for name in sorted(set(masks) | set(adapter.names if adapter else ())):
             layer = model.get_submodule(name.removesuffix(".weight"))
             keep = torch.from_numpy(masks[name](name)) if name in masks else None

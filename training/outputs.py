@@ -1,4 +1,4 @@
-"""What a finished run leaves for others: masks, and adapters in PEFT's layout."""
+"""What a finished run leaves for others: masks, changed base weights, and adapters in PEFT's layout."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from losa_export.architecture import BLOCK_LINEARS
 from losa_export.files import output_folder, write_text_atomic
 from losa_export.masks import save_masks
+from losa_export.training.base_weights import write_changed_weights
 from losa_export.training.model import AdaptedModel
 from losa_export.training.tensors import write_tensors
 
@@ -18,7 +19,9 @@ ADAPTER_FOLDER = "adapter"
 
 
 def write_outputs(run: Path, adapted: AdaptedModel, base: Path, metadata: Mapping[str, str]) -> None:
-    """Write masks.safetensors and adapter/ into `run`; each appears whole or not at all.
+    """Write masks.safetensors, adapter/ and, where base weights changed, weights.safetensors into `run`.
+
+    Each appears whole or not at all.
 
     Args:
         run: the run folder.
@@ -27,7 +30,8 @@ def write_outputs(run: Path, adapted: AdaptedModel, base: Path, metadata: Mappin
         metadata: kept in the header of the masks.
     Raises: OutputError if the disk is full or the folder cannot be written.
     """
-    save_masks(run / MASKS_FILE, adapted.masks(), metadata)
+    identity = write_changed_weights(run, adapted)
+    save_masks(run / MASKS_FILE, adapted.masks(), {**metadata, **identity})
     with output_folder(run / ADAPTER_FOLDER, overwrite=True) as folder:
         write_adapter(folder, adapted, base)
 

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from losa_export.base_weights import WEIGHTS_FILE
 from losa_export.errors import ConfigError, StateError
 from losa_export.files import check_output, disk_errors, write_text_atomic
 from losa_export.progress import Progress, duration
+from losa_export.training import base_weights
 from losa_export.training.allocation import RankInputs, SparsityInputs, allocate_ranks, allocate_sparsity
 from losa_export.training.config import CONFIG_FILE, TrainConfig, to_table, write_toml
 from losa_export.training.journal import JOURNAL_FILE, RoundRecord, write_journal
@@ -176,7 +178,7 @@ def _clear(run: Path) -> None:
     """Remove an earlier run's files, and nothing else that may lie in the folder. The state goes last."""
     with disk_errors(run):
         run.mkdir(parents=True, exist_ok=True)
-        for name in (MASKS_FILE, JOURNAL_FILE, CONFIG_FILE):
+        for name in (MASKS_FILE, WEIGHTS_FILE, JOURNAL_FILE, CONFIG_FILE):
             (run / name).unlink(missing_ok=True)
         for name in (ADAPTER_FOLDER, STATE_FOLDER):
             if (run / name).is_dir():
@@ -416,6 +418,7 @@ class _Session:
         saved = self.tuner.tensors()
         for name, mask in self.adapted.masks().items():
             saved[f"mask:{name}"] = torch.from_numpy(np.packbits(mask.reshape(-1), bitorder="little"))
+        saved |= base_weights.state_tensors(self.adapted)
         saved["rng:cpu"] = torch.get_rng_state()
         return saved
 
@@ -428,6 +431,7 @@ class _Session:
                 packed = tensors[f"mask:{name}"].numpy()
                 bits = np.unpackbits(packed, count=layer.mask.numel(), bitorder="little").reshape(layer.mask.shape)
                 layer.set_mask(torch.from_numpy(bits).bool())
+            base_weights.restore(self.adapted, tensors)
             torch.set_rng_state(tensors["rng:cpu"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise StateError(
