@@ -14,6 +14,7 @@ from losa_export.training.adapter import MaskedLoRALinear
 from losa_export.training.allocation import FloatVector
 from losa_export.training.calibration import BlockBatch, capture_block_inputs, input_square_sums, run_block
 from losa_export.training.model import AdaptedModel
+from losa_export.training.reconstruct import Reconstructor
 from losa_export.training.reconstruction_error import ChannelErrors, ErrorKind
 from losa_export.training.scores import pruned_per_row, select_kept, wanda_scores
 
@@ -26,6 +27,7 @@ def prune_blocks(
     batch_size: int,
     errors: ErrorKind | None = None,
     on_block: Callable[[int], None] = lambda _: None,
+    reconstructor: Reconstructor | None = None,
 ) -> FloatVector | None:
     """Set the masks of all layers to the sparsity of their block.
 
@@ -33,7 +35,7 @@ def prune_blocks(
     all linears of a block come from one pass at its old masks; its output with the new masks feeds the next.
 
     Args:
-        adapted: the model; only its masks change.
+        adapted: the model; its masks change, and what `reconstructor` fits.
         windows: (n, tokens) int64 calibration windows.
         targets: (L,) sparsity of each block.
         batch_size: windows run together.
@@ -41,26 +43,33 @@ def prune_blocks(
             gives it, or what the sparse one does. The dense pass goes along block by block, so that one block's
             outputs are held at a time. None measures nothing.
         on_block: told the number of each block when it is done; may raise to stop between blocks.
+        reconstructor: fits each block to a dense one's answers; errors are then those that are left.
     Returns: (L,) float64 errors, or None if none were asked for.
     """
     batches = capture_block_inputs(adapted.model, adapted.blocks, windows, batch_size)
     dense = [batch.hidden for batch in batches]
     measured: list[float] = []
+    aims = (errors, reconstructor.settings.target if reconstructor is not None else None)
+    kinds = sorted({kind for kind in aims if kind is not None})
     for index, block in enumerate(adapted.blocks):
         layers = adapted.layers_of(index)
         with all_folded(layers, adapted.compute_dtype):
             sums = input_square_sums(block, index, layers, batches)
         for name, layer in layers.items():
             prune_layer(layer, sums[name], float(targets[index]))
-        if errors is not None:
-            inputs = dense if errors == "accumulated" else [batch.hidden for batch in batches]
+        wanted: dict[ErrorKind, list[Tensor]] = {}
+        for kind in kinds:
+            inputs = dense if kind == "accumulated" else [batch.hidden for batch in batches]
             with all_dense(layers, adapted.compute_dtype):
-                dense = _outputs(block, index, batches, inputs)
+                wanted[kind] = _outputs(block, index, batches, inputs)
+        dense = wanted.get("accumulated", dense)
+        if reconstructor is not None:
+            reconstructor.fit(block, index, layers, batches, wanted[reconstructor.settings.target])
         if errors is not None or index + 1 < len(adapted.blocks):
             with all_folded(layers, adapted.compute_dtype):
                 advance(block, index, batches)
         if errors is not None:
-            measured.append(_error(dense, batches))
+            measured.append(_error(wanted[errors], batches))
         on_block(index)
     return None if errors is None else np.array(measured, dtype=np.float64)
 
