@@ -19,6 +19,11 @@ Compute = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
 Operator = Literal["exact", "lors"]
 Schedule = Literal["cosine", "per_round"]
+ReconstructTarget = Literal["accumulated", "local"]
+ReconstructRounds = Literal["last", "every"]
+
+# Their names as annotations spell them: what they hold is a string.
+_CHOICES = ("Dtype", "Compute", "Device", "Operator", "Schedule", "ReconstructTarget", "ReconstructRounds")
 
 CONFIG_FILE = "config.toml"
 
@@ -73,6 +78,12 @@ class TrainConfig:
         seed: of the adapters' start, the choice of calibration windows and the order of the tuning windows.
         sparsity_allocator: how the sparsity of a round is shared out among blocks.
         rank_allocator: how rank is shared out among blocks.
+        reconstruct_epochs: passes over the calibration windows in which a block that has been pruned is fitted to
+            the dense block's answers; 0 leaves kept weights as they are.
+        reconstruct_learning_rate: peak rate of that fit, as a fraction of the size of a linear's kept weights.
+        reconstruct_target: "accumulated" fits to the dense model's hidden states, "local" to what the dense block
+            answers to the sparse model's.
+        reconstruct_rounds: fit in the "last" round's pruning alone, or in "every" one's.
         save_every_seconds: longest training time that a crash can cost; 0 saves after each step.
         overwrite: replace the run that lies in `output`.
     Raises: ConfigError naming the field that is out of range.
@@ -113,6 +124,10 @@ class TrainConfig:
     seed: int = 0
     sparsity_allocator: str = "uniform"
     rank_allocator: str = "uniform"
+    reconstruct_epochs: int = 0
+    reconstruct_learning_rate: float = 0.01
+    reconstruct_target: ReconstructTarget = "accumulated"
+    reconstruct_rounds: ReconstructRounds = "last"
     save_every_seconds: float = 60.0
     overwrite: bool = False
 
@@ -153,6 +168,11 @@ class TrainConfig:
         self._choice("learning_rate_schedule", ("cosine", "per_round"))
         self._choice("sparsity_allocator", tuple(SPARSITY_ALLOCATORS))
         self._choice("rank_allocator", tuple(RANK_ALLOCATORS))
+        self._require("reconstruct_epochs", self.reconstruct_epochs >= 0, "it must not be negative")
+        rate = self.reconstruct_learning_rate
+        self._require("reconstruct_learning_rate", 0.0 < rate < math.inf, "it must be positive and finite")
+        self._choice("reconstruct_target", ("accumulated", "local"))
+        self._choice("reconstruct_rounds", ("last", "every"))
 
     def _require(self, field: str, condition: bool, mend: str) -> None:
         if not condition:
@@ -225,7 +245,7 @@ def _typed(name: str, annotation: str, value: Any, where: Path) -> Any:
         return value
     if kind == "float" and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    if kind in ("str", "Dtype", "Compute", "Device", "Operator", "Schedule") and isinstance(value, str):
+    if kind in ("str", *_CHOICES) and isinstance(value, str):
         return value
     raise ConfigError(f"'{where}': {name} is {value!r}, which is not a {kind}; correct it", field=name)
 
