@@ -1,34 +1,60 @@
-"""Next-token cross-entropy without ever holding the logits of a whole batch."""
+"""What training minimises, without ever holding the logits of a whole batch.
+
+The loss is the mean next-token cross-entropy; on demand λ₁ times KL(dense ‖ sparse) of the predictions and λ₂ times
+the relative squared errors of the blocks' outputs are added. The dense model is the same one without masks and
+adapters, so that a teacher costs a forward pass and the memory of its blocks' outputs, but no second set of weights.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from losa_export.training.adapter import MaskedLoRALinear
 
 # Rows of logits alive at once: 256 × 49,152 float32 is 50 MB, where a batch of 1,024 tokens would need three
-# times 200 MB (logits, softmax, gradient).
+# times 200 MB (logits, softmax, gradient). With a teacher there are two such matrices.
 _CHUNK_ROWS = 256
 
 
-class _FrozenHeadCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of softmax(h Wᵀ); the gradient for h is made in the same pass, W gets none."""
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of softmax(h Wᵀ), and λ₁ times its mean divergence from the teacher's predictions.
+
+    The gradient for h is made in the same pass; W and the teacher get none.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | None, kl_weight: float
+    ) -> Tensor:
         rows = hidden.shape[0]
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, rows, _CHUNK_ROWS):
             part = slice(start, start + _CHUNK_ROWS)
-            logits = functional.linear(hidden[part], head).to(torch.promote_types(hidden.dtype, torch.float32))
+            logits = _logits(hidden[part], head)
             log_sum = logits.logsumexp(dim=1, keepdim=True)
             wanted = targets[part].unsqueeze(1)
             total += (log_sum - logits.gather(1, wanted)).sum(dtype=torch.float64)
+            expected = None
+            if teacher is not None:
+                log_expected = _logits(teacher[part], head)
+                log_expected -= log_expected.logsumexp(dim=1, keepdim=True)
+                expected = log_expected.exp()
+                log_expected += log_sum
+                log_expected -= logits
+                total += kl_weight * (log_expected.mul_(expected)).sum(dtype=torch.float64)
             if grad is not None:
                 probabilities = logits.sub_(log_sum).exp_()
+                if expected is not None:
+                    probabilities.mul_(1.0 + kl_weight).sub_(expected, alpha=kl_weight)
                 probabilities.scatter_add_(1, wanted, torch.full_like(log_sum, -1.0))
                 grad[part] = (probabilities.to(head.dtype) @ head).div_(rows)
         ctx.save_for_backward(grad)
@@ -36,35 +62,203 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_output.to(grad.dtype), None, None
+        return grad * grad_output.to(grad.dtype), None, None, None, None
 
 
-def next_token_loss(hidden: Tensor, head: Tensor, input_ids: Tensor) -> Tensor:
-    """Mean negative log-likelihood of every token but the first of each window.
+def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+    return functional.linear(hidden, head).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def next_token_loss(
+    hidden: Tensor,
+    head: Tensor,
+    input_ids: Tensor,
+    lengths: Tensor | None = None,
+    teacher: Tensor | None = None,
+    kl_weight: float = 0.0,
+) -> Tensor:
+    """Mean negative log-likelihood of every token but the first of each window, and λ₁·KL on demand.
 
     Args:
         hidden: (windows, tokens, hidden) final hidden states.
         head: (vocabulary, hidden) frozen output embedding.
-        input_ids: (windows, tokens) int64, without padding.
+        input_ids: (windows, tokens) int64.
+        lengths: (windows,) int64 tokens of each window that are no padding; None where all are. Padding stands at
+            the end and counts neither as a target nor in the mean.
+        teacher: final hidden states of the dense model, shaped as `hidden`; None without distillation.
+        kl_weight: λ₁ of Σ_v p_T(v)·(ln p_T(v) − ln p(v)), at temperature 1, averaged over the same tokens.
     Returns: scalar, float32 or better; sums are float64.
     """
-    states = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    targets = input_ids[:, 1:].reshape(-1)
-    loss: Tensor = _FrozenHeadCrossEntropy.apply(states, head, targets)  # type: ignore[no-untyped-call]
+    states, targets = hidden[:, :-1].reshape(-1, hidden.shape[-1]), input_ids[:, 1:].reshape(-1)
+    wisdom = None if teacher is None else teacher[:, :-1].reshape(-1, hidden.shape[-1])
+    if lengths is not None:
+        counted = valid_tokens(lengths, input_ids.shape[1])[:, 1:].reshape(-1)
+        states, targets = states[counted], targets[counted]
+        wisdom = None if wisdom is None else wisdom[counted]
+    loss: Tensor = _FrozenHeadLoss.apply(states, head, targets, wisdom, kl_weight)  # type: ignore[no-untyped-call]
     return loss
 
 
-class CausalLoss(nn.Module):
-    """A causal language model that returns its loss: one module for accelerate to wrap."""
+def valid_tokens(lengths: Tensor, tokens: int) -> Tensor:
+    """(windows, tokens) bool, True where a token is no padding, from (windows,) int64 lengths."""
+    return torch.arange(tokens, device=lengths.device) < lengths.unsqueeze(1)
 
-    def __init__(self, model: nn.Module) -> None:
+
+class _RelativeError(torch.autograd.Function):
+    """‖h − h_T‖² / ‖h_T‖² over the valid tokens. Only references to h and h_T are kept; h_T gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        difference, reference = _difference(hidden, teacher, valid), teacher.to(exact)
+        if valid is not None:
+            reference = reference * valid.unsqueeze(-1)
+        energy = reference.square().sum(dtype=torch.float64).clamp_min(torch.finfo(torch.float32).tiny)
+        ctx.save_for_backward(hidden, teacher, valid, energy)
+        return (difference.square().sum(dtype=torch.float64) / energy).to(exact)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        hidden, teacher, valid, energy = ctx.saved_tensors
+        scale = (2.0 * grad_output.double() / energy).to(torch.promote_types(hidden.dtype, torch.float32))
+        return _difference(hidden, teacher, valid).mul_(scale).to(hidden.dtype), None, None
+
+
+def _difference(hidden: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    difference = hidden.to(exact) - teacher.to(exact)
+    return difference if valid is None else difference.mul_(valid.unsqueeze(-1))
+
+
+def relative_error(hidden: Tensor, teacher: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """One block's term of SquareHead: ‖h − h_T‖² / ‖h_T‖².
+
+    Args:
+        hidden: (windows, tokens, hidden) output of the block.
+        teacher: the dense block's, likewise; without gradient.
+        lengths: (windows,) int64 tokens that are no padding; None where all are.
+    Returns: scalar, float32 or better.
+    Source: Kurtic et al. 2023, "Sparse Fine-tuning for Inference Acceleration of Large Language Models",
+        arXiv:2310.06927.
+    """
+    valid = None if lengths is None else valid_tokens(lengths, hidden.shape[1])
+    error: Tensor = _RelativeError.apply(hidden, teacher, valid)  # type: ignore[no-untyped-call]
+    return error
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What `CausalLoss` adds up, and how it saves memory.
+
+    Attributes:
+        kl_weight: λ₁ of the divergence from the dense model's predictions; 0 leaves it out.
+        squarehead_weight: λ₂ of the sum over blocks of `relative_error`; 0 leaves it out.
+        checkpointing: keep the inputs of the blocks alone, and run each again for its gradients.
+    """
+
+    kl_weight: float = 0.0
+    squarehead_weight: float = 0.0
+    checkpointing: bool = False
+
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher is asked."""
+        return self.kl_weight > 0.0 or self.squarehead_weight > 0.0
+
+
+class CausalLoss(nn.Module):
+    """A causal language model that returns its loss: one module for accelerate to wrap.
+
+    Args:
+        model: the model, with its blocks at `model.layers` and its head at `lm_head`.
+        objective: what to add up; plain cross-entropy if not given.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective | None = None) -> None:
         super().__init__()
         self.causal_model = model
+        self.objective = objective or Objective()
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Mean next-token loss of (windows, tokens) int64."""
+    def forward(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Loss of (windows, tokens) int64; `lengths`, (windows,) int64, tells padding at the end of windows."""
+        objective, head = self.objective, self.causal_model.get_parameter("lm_head.weight")
+        blocks = tuple(self.causal_model.get_submodule("model.layers").children())
+        teacher = self._teach(input_ids, blocks) if objective.distils else _Teacher(None, ())
+        errors: list[Tensor] = []
+
+        def compare(index: int, output: Tensor) -> None:
+            errors.append(relative_error(output, teacher.blocks[index], lengths))
+
+        with contextlib.ExitStack() as stack:
+            if objective.checkpointing:
+                stack.enter_context(_checkpointed(blocks))
+            if objective.squarehead_weight > 0.0:
+                stack.enter_context(_watched(blocks, compare))
+            hidden = self._hidden(input_ids)
+        # Padding stands behind all that is read, so causal attention needs no mask for it.
+        loss = next_token_loss(
+            hidden,
+            head,
+            input_ids,
+            lengths,
+            teacher.final if objective.kl_weight > 0.0 else None,
+            objective.kl_weight,
+        )
+        return loss + objective.squarehead_weight * torch.stack(errors).sum() if errors else loss
+
+    def _hidden(self, input_ids: Tensor) -> Tensor:
         output = self.causal_model.get_submodule("model")(input_ids=input_ids, use_cache=False)
-        head = self.causal_model.get_parameter("lm_head.weight")
-        return next_token_loss(output.last_hidden_state, head, input_ids)
+        return cast(Tensor, output.last_hidden_state)
+
+    @torch.no_grad()
+    def _teach(self, input_ids: Tensor, blocks: Sequence[nn.Module]) -> _Teacher:
+        outputs: list[Tensor] = []
+        with contextlib.ExitStack() as stack:
+            for module in self.causal_model.modules():
+                if isinstance(module, MaskedLoRALinear):
+                    stack.enter_context(module.dense())
+            if self.objective.squarehead_weight > 0.0:
+                stack.enter_context(_watched(blocks, lambda _, output: outputs.append(output)))
+            final = self._hidden(input_ids)
+        return _Teacher(final, tuple(outputs))
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """What the dense model computed: final hidden states, and each block's output if somebody asks for it."""
+
+    final: Tensor | None
+    blocks: tuple[Tensor, ...]
+
+
+@contextlib.contextmanager
+def _watched(blocks: Sequence[nn.Module], see: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Within the block, `see` is told each block's number and output, in order."""
+
+    def hook(index: int) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _, __, output: see(index, output[0] if isinstance(output, tuple) else output)
+
+    with contextlib.ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            stack.callback(block.register_forward_hook(hook(index)).remove)
+        yield
+
+
+@contextlib.contextmanager
+def _checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the block, blocks keep their input alone, and compute the rest again in the backward pass.
+
+    `forward` is wrapped rather than the call of the module, so that hooks run once, and outside.
+    """
+
+    def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **keywords: checkpoint(forward, *arguments, use_reentrant=False, **keywords)
+
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            block.forward = wrap(block.forward)  # shadows the class's method for a while
+            stack.callback(delattr, block, "forward")
+        yield
