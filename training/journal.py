@@ -24,6 +24,7 @@ class RoundRecord:
         sparsity_fraction: what was reached, by exact count.
         block_targets: target of each block.
         block_ranks: active adapter rank of each block.
+        block_fits: relative squared error of each block's output before and after reconstruction; empty without.
         sparsity: weight name to the realised fraction of zeros.
         steps: optimizer steps.
         tokens: tokens trained on.
@@ -47,6 +48,7 @@ class RoundRecord:
     prune_seconds: float
     tune_seconds: float
     peak_memory_bytes: int
+    block_fits: tuple[tuple[float, float], ...] = ()
 
     @property
     def loss_first(self) -> float | None:
@@ -69,6 +71,7 @@ class RoundRecord:
         fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
         for name in ("block_targets", "block_ranks", "losses"):
             fields[name] = tuple(fields[name])
+        fields["block_fits"] = tuple((before, after) for before, after in fields["block_fits"])
         return cls(**fields)
 
 

@@ -41,6 +41,7 @@ class RunState:
         plan: steps and learning rates of this round, once its tuning has begun.
         block_targets: sparsity targets of the last pruning; empty before the first.
         block_ranks: active ranks; empty before the first round's allocation.
+        block_fits: this round's errors of each block before and after reconstruction; empty without.
         losses: losses of this round's steps.
         elapsed_seconds: working time of the whole run, over all its sessions.
         prune_seconds: this round's pruning time.
@@ -57,6 +58,7 @@ class RunState:
     plan: RoundPlan | None = None
     block_targets: list[float] = field(default_factory=list)
     block_ranks: list[int] = field(default_factory=list)
+    block_fits: list[tuple[float, float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     elapsed_seconds: float = 0.0
     prune_seconds: float = 0.0
@@ -75,6 +77,7 @@ class RunState:
         values = json.loads(text)
         if values["plan"] is not None:
             values["plan"] = RoundPlan(**values["plan"])
+        values["block_fits"] = [(before, after) for before, after in values["block_fits"]]
         values["records"] = [RoundRecord.from_json(record) for record in values["records"]]
         return cls(**values)
 

@@ -28,6 +28,7 @@ from losa_export.training.model import AdaptedModel, choose_compute, choose_devi
 from losa_export.training.outputs import ADAPTER_FOLDER, MASKS_FILE, write_outputs
 from losa_export.training.preflight import TrainInputs, check_inputs, one_shot_config
 from losa_export.training.prune import prune_blocks
+from losa_export.training.reconstruct import Reconstructor, ReconstructSettings
 from losa_export.training.schedule import (
     PROVISIONAL_STEPS,
     RoundPlan,
@@ -263,13 +264,15 @@ class _Session:
             target,
             SparsityInputs(state.round_number, config.rounds, counts, previous),
         )
+        reconstructor = self._reconstructor()
         stop.check()
         title = f"round {state.round_number}/{config.rounds}, pruning to {target:.1%}"
         self.tick()
         with Progress(title, counts.size, "blocks", enabled=self.shows) as progress:
 
-            def on_block(_: int) -> None:
-                progress.advance()
+            def on_block(block: int) -> None:
+                fits = reconstructor.results[block:] if reconstructor is not None else []
+                progress.advance(**{"error": f"{fit.error_before:.2g} → {fit.error_after:.2g}" for fit in fits})
                 stop.check()
 
             prune_blocks(
@@ -278,6 +281,7 @@ class _Session:
                 targets,
                 batch_size=config.batch_size,
                 on_block=on_block,
+                reconstructor=reconstructor,
             )
         ranks_before = np.array(state.block_ranks or [config.rank] * counts.size, dtype=np.int64)
         ranks = allocate_ranks(
@@ -286,11 +290,23 @@ class _Session:
             RankInputs(state.round_number, config.rounds, 1, config.max_rank, ranks_before),
         )
         state.block_targets, state.block_ranks = targets.tolist(), ranks.tolist()
+        fits = reconstructor.results if reconstructor is not None else []
+        state.block_fits = [(fit.error_before, fit.error_after) for fit in fits]
         self._apply_ranks()
         state.prune_seconds = self.tick()
         state.plan, state.allotted_seconds = self._plan_round()
         state.phase = "tune"
         self.save()
+
+    def _reconstructor(self) -> Reconstructor | None:
+        """What fits the blocks of this round's pruning, if it is to be done in this round."""
+        config, number = self.config, self.state.round_number
+        if config.reconstruct_epochs == 0 or (config.reconstruct_rounds == "last" and number < config.rounds):
+            return None
+        settings = ReconstructSettings(
+            config.reconstruct_epochs, config.reconstruct_learning_rate, config.reconstruct_target
+        )
+        return Reconstructor(settings, (config.seed, number))
 
     def _plan_round(self) -> tuple[RoundPlan, float | None]:
         """Steps of the round that begins, and its share of the time budget, if there is one."""
@@ -396,6 +412,7 @@ class _Session:
             sparsity_fraction=self.adapted.sparsity_fraction(),
             block_targets=tuple(state.block_targets),
             block_ranks=tuple(state.block_ranks),
+            block_fits=tuple(state.block_fits),
             sparsity={name: 1.0 - float(layer.mask.mean(dtype=torch.float64)) for name, layer in masks},
             steps=state.step,
             tokens=state.step * config.batch_size * config.window,
