@@ -56,6 +56,10 @@ class Reconstruction:
     error_before: float
     error_after: float
 
+    def __str__(self) -> str:
+        """Both, short."""
+        return f"{self.error_before:.2g} → {self.error_after:.2g}"
+
 
 class Reconstructor:
     """Fits the blocks of one pruning pass and keeps account of it.

@@ -271,8 +271,10 @@ class _Session:
         with Progress(title, counts.size, "blocks", enabled=self.shows) as progress:
 
             def on_block(block: int) -> None:
-                fits = reconstructor.results[block:] if reconstructor is not None else []
-                progress.advance(**{"error": f"{fit.error_before:.2g} → {fit.error_after:.2g}" for fit in fits})
+                if reconstructor is None:
+                    progress.advance()
+                else:
+                    progress.advance(error=str(reconstructor.results[block]))
                 stop.check()
 
             prune_blocks(
