@@ -54,13 +54,6 @@ struct PrefillPairs {
         for (int64_t i = 0; i < tiles; ++i) parts[i] = parts[i].of_block(2);
       }
     }
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t first_row = (first + b) * losa::kBlockRows;
-      for (int64_t i = 0; i < tiles; ++i) {
-        const losa::TokenTile tile = losa::token_tile(tokens, i);
-        Product::store(sums[b] + tile.first * losa::kBlockRows, tile, w.rows - first_row,
-                       y + tile.first * w.rows + first_row, w.rows);
-      }
-    }
+    store_blocks<Product>(w, first, blocks, &sums[0], tokens, y);
   }
 };

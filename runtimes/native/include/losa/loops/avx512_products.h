@@ -89,8 +89,10 @@ struct WideProduct {
     }
   }
 
-  static void store(const float* sums, const losa::TokenTile& tile, int64_t rows, float* y, int64_t stride) {
-    for (int64_t t = 0; t < tile.tokens; ++t) copy_rows(sums + t * kRows, rows, y + t * stride);
+  /// y [token][row] of `count` tokens of a tile, at most kTokenStep, from `token` on; `stride` lies between two tokens.
+  static void store(const float* sums, const losa::TokenTile&, int64_t token, int64_t count, int64_t rows, float* y,
+                    int64_t stride) {
+    for (int64_t t = 0; t < count; ++t) copy_rows(sums + (token + t) * kRows, rows, y + t * stride);
   }
 };
 
@@ -207,16 +209,16 @@ struct SparseProduct {
     }
   }
 
-  static void store(const float* sums, const losa::TokenTile& tile, int64_t rows, float* y, int64_t stride) {
-    int64_t token = 0;
-    if (rows >= losa::kBlockRows) {
-      rows = losa::kBlockRows;
-      for (; token + 8 <= tile.tokens; token += 8)
-        for (int half = 0; half < losa::kBlockRows; half += 8)
-          transpose_floats8(sums + half * tile.width + token, tile.width, y + token * stride + half, stride);
+  static void store(const float* sums, const losa::TokenTile& tile, int64_t token, int64_t count, int64_t rows,
+                    float* y, int64_t stride) {
+    sums += token;
+    if (rows >= losa::kBlockRows && count == 8) {
+      for (int half = 0; half < losa::kBlockRows; half += 8)
+        transpose_floats8(sums + half * tile.width, tile.width, y + half, stride);
+      return;
     }
-    for (; token < tile.tokens; ++token)
-      for (int64_t r = 0; r < rows; ++r) y[token * stride + r] = sums[r * tile.width + token];
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t r = 0; r < rows && r < losa::kBlockRows; ++r) y[t * stride + r] = sums[r * tile.width + t];
   }
 };
 

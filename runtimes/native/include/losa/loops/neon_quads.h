@@ -208,8 +208,10 @@ struct QuadSkip {
     }
   }
 
-  static void store(const float* sums, const losa::TokenTile& tile, int64_t rows, float* y, int64_t stride) {
-    for (int64_t t = 0; t < tile.width; t += 4) {
+  static void store(const float* sums, const losa::TokenTile& tile, int64_t token, int64_t count, int64_t rows,
+                    float* y, int64_t stride) {
+    sums += token;
+    for (int64_t t = 0; t < count; t += 4) {
       float of_rows[4][losa::kBlockRows];
       for (int part = 0; part < losa::kBlockRows; part += 4) {
         int32x4_t from[4], to[4];
@@ -217,7 +219,7 @@ struct QuadSkip {
         transpose4(from, to);
         for (int i = 0; i < 4; ++i) vst1q_f32(of_rows[i] + part, vreinterpretq_f32_s32(to[i]));
       }
-      for (int64_t i = 0; i < 4 && t + i < tile.tokens; ++i) copy_rows(of_rows[i], rows, y + (t + i) * stride);
+      for (int64_t i = 0; i < 4 && t + i < count; ++i) copy_rows(of_rows[i], rows, y + (t + i) * stride);
     }
   }
 };

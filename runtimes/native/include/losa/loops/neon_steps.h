@@ -272,8 +272,9 @@ struct EightByEight {
                    token_scales + t, sums + t * losa::kBlockRows + half);
   }
 
-  static void store(const float* sums, const losa::TokenTile& tile, int64_t rows, float* y, int64_t stride) {
-    for (int64_t t = 0; t < tile.tokens; ++t) copy_rows(sums + t * losa::kBlockRows, rows, y + t * stride);
+  static void store(const float* sums, const losa::TokenTile&, int64_t token, int64_t count, int64_t rows, float* y,
+                    int64_t stride) {
+    for (int64_t t = 0; t < count; ++t) copy_rows(sums + (token + t) * losa::kBlockRows, rows, y + t * stride);
   }
 };
 

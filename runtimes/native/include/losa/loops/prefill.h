@@ -79,8 +79,10 @@ struct DenseProduct {
     }
   }
 
-  static void store(const float* sums, const losa::TokenTile& tile, int64_t rows, float* y, int64_t stride) {
-    for (int64_t t = 0; t < tile.tokens; ++t) copy_rows(sums + t * losa::kBlockRows, rows, y + t * stride);
+  /// y [token][row] of `count` tokens of a tile, at most kTokenStep, from `token` on; `stride` lies between two tokens.
+  static void store(const float* sums, const losa::TokenTile&, int64_t token, int64_t count, int64_t rows, float* y,
+                    int64_t stride) {
+    for (int64_t t = 0; t < count; ++t) copy_rows(sums + (token + t) * losa::kBlockRows, rows, y + t * stride);
   }
 };
 
@@ -130,16 +132,16 @@ struct SkipProduct {
     }
   }
 
-  static void store(const float* sums, const losa::TokenTile& tile, int64_t rows, float* y, int64_t stride) {
-    int64_t token = 0;
-    if (rows >= losa::kBlockRows) {
-      rows = losa::kBlockRows;
-      for (; token + 8 <= tile.tokens; token += 8)
-        for (int half = 0; half < losa::kBlockRows; half += 8)
-          V::transpose8(sums + half * tile.width + token, tile.width, y + token * stride + half, stride);
+  static void store(const float* sums, const losa::TokenTile& tile, int64_t token, int64_t count, int64_t rows,
+                    float* y, int64_t stride) {
+    sums += token;
+    if (rows >= losa::kBlockRows && count == losa::kTokenStep) {
+      for (int half = 0; half < losa::kBlockRows; half += 8)
+        V::transpose8(sums + half * tile.width, tile.width, y + half, stride);
+      return;
     }
-    for (; token < tile.tokens; ++token)
-      for (int64_t r = 0; r < rows; ++r) y[token * stride + r] = sums[r * tile.width + token];
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t r = 0; r < rows && r < losa::kBlockRows; ++r) y[t * stride + r] = sums[r * tile.width + t];
   }
 };
 
@@ -196,6 +198,24 @@ class FloatSource {
 template <class V>
 using Fp32Source = FloatSource<V, Fp32<V>>;
 
+/// Sums to y: a few tokens at a time, whose rows of all blocks lie together, since tokens may lie pages apart.
+template <class Product, size_t BlockSums>
+static void store_blocks(const losa::Weight& w, int64_t first, int64_t blocks, const float (*sums)[BlockSums],
+                         int64_t tokens, float* y) {
+  for (int64_t i = 0; i < losa::token_tile_count(tokens); ++i) {
+    const losa::TokenTile tile = losa::token_tile(tokens, i);
+    for (int64_t token = 0; token < tile.tokens; token += losa::kTokenStep) {
+      const int64_t left = tile.tokens - token;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t first_row = (first + b) * losa::kBlockRows;
+        Product::store(sums[b] + tile.first * losa::kBlockRows, tile, token,
+                       left < losa::kTokenStep ? left : losa::kTokenStep, w.rows - first_row,
+                       y + (tile.first + token) * w.rows + first_row, w.rows);
+      }
+    }
+  }
+}
+
 /// `packed_scales`, of integers only: for each tile of tokens and each tile of weights, one float a token.
 template <class Source, class Product>
 struct Prefill {
@@ -244,14 +264,7 @@ struct Prefill {
         }
       }
     }
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t first_row = (first + b) * losa::kBlockRows;
-      for (int64_t i = 0; i < tiles; ++i) {
-        const losa::TokenTile tile = losa::token_tile(tokens, i);
-        Product::store(sums[b] + tile.first * losa::kBlockRows, tile, w.rows - first_row,
-                       y + tile.first * w.rows + first_row, w.rows);
-      }
-    }
+    store_blocks<Product>(w, first, blocks, &sums[0], tokens, y);
   }
 };
 
