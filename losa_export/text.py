@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from losa_export.errors import CheckpointError, TextError
+from losa_export.text_rows import ROW_SHAPES, RenderChat, text_of_row
 
 PLAIN_SUFFIXES = (".txt", ".text", ".raw", ".tokens", ".md")
 
@@ -24,47 +25,79 @@ Encode = Callable[[str], Sequence[int]]
 _BATCH = 64
 
 
-def read_documents(paths: Iterable[Path]) -> list[str]:
+def read_documents(paths: Iterable[Path], render_chat: RenderChat | None = None) -> list[str]:
     """Read the documents of some text files, in the order given.
 
     A plain file (``.txt``, ``.text``, ``.raw``, ``.tokens``, ``.md``) is *one* document: where a
     paragraph ends is the author's affair, and a separator token after each would teach the model
-    to stop there. A ``.jsonl`` file holds one document a line, in the field ``text``; other fields
-    are ignored. Documents of nothing but white space are left out.
+    to stop there. A ``.jsonl`` file holds one row a line, a ``.json`` file a list of rows, and each row is a
+    document: a ``text``, an instruction with its answer, or a conversation, as `text_rows.text_of_row`
+    turns them into text. Documents of nothing but white space are left out.
 
+    Args:
+        paths: the files.
+        render_chat: turns a conversation into text, such as a model's chat template; a plain form if not given.
     Returns: at least one document.
-    Raises: TextError for a missing file, another kind of file, bytes that are not UTF-8, a row that is
-        not an object with a string ``text`` (file and row are named, rows count from 1), or no text at all.
+    Raises: TextError for a missing file, another kind of file, bytes that are not UTF-8, a row of none of
+        the shapes above (file and row are named, rows count from 1), or no text at all.
     """
     listed = [Path(path) for path in paths]
-    documents = [text for path in listed for text in _documents_of(path) if text.strip()]
+    documents = [text for path in listed for text in _documents_of(path, render_chat) if text.strip()]
     if not documents:
         names = ", ".join(f"'{path}'" for path in listed) or "no file"
         raise TextError(f"there is no text in {names}; name files that hold some", paths=listed)
     return documents
 
 
-def _documents_of(path: Path) -> Iterator[str]:
-    if path.suffix == ".jsonl":
-        yield from (text for _, text in read_rows(path))
+def _documents_of(path: Path, render_chat: RenderChat | None) -> Iterator[str]:
+    if path.suffix in (".jsonl", ".json"):
+        yield from (text for _, text in read_rows(path, render_chat))
     elif path.suffix in PLAIN_SUFFIXES:
         yield _read_utf8(path)
     else:
         raise TextError(
             f"'{path}' is not a kind of text that can be read; "
-            f"give .jsonl with a field 'text', or plain text ({', '.join(PLAIN_SUFFIXES)})",
+            f"give .jsonl or .json with a field 'text', instructions or messages, "
+            f"or plain text ({', '.join(PLAIN_SUFFIXES)})",
             path=path,
         )
 
 
-def read_rows(path: Path) -> Iterator[tuple[dict[str, object], str]]:
-    """Yield each row of a ``.jsonl`` file, with its ``text``. Raises: TextError, as `read_documents`."""
+def read_rows(path: Path, render_chat: RenderChat | None = None) -> Iterator[tuple[dict[str, object], str]]:
+    """Yield each row of a ``.jsonl`` or ``.json`` file, with its text. Raises: TextError, as `read_documents`."""
+    for number, row in _parsed_list(path) if path.suffix == ".json" else _parsed_lines(path):
+        text = text_of_row(row, render_chat)
+        if text is None or not isinstance(row, dict):
+            raise TextError(
+                f"row {number} of '{path}' has no string field 'text', nor an instruction or messages; "
+                f"each row must look like {ROW_SHAPES}",
+                path=path,
+                row=number,
+            )
+        yield row, text
+
+
+def _parsed_list(path: Path) -> Iterator[tuple[int, object]]:
+    try:
+        rows = json.loads(_read_utf8(path))
+    except json.JSONDecodeError as error:
+        raise TextError(
+            f"'{path}' is not JSON ({error.msg} at line {error.lineno}); "
+            "mend it, or name it .jsonl if it holds one row a line",
+            path=path,
+        ) from error
+    if not isinstance(rows, list):
+        raise TextError(f"'{path}' is not a list of rows; each row must look like {ROW_SHAPES}", path=path)
+    yield from enumerate(rows, start=1)
+
+
+def _parsed_lines(path: Path) -> Iterator[tuple[int, object]]:
     # Not splitlines(): that also splits at U+2028 and its like, which JSON allows inside a string.
     for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            yield number, json.loads(line)
         except json.JSONDecodeError as error:
             raise TextError(
                 f"row {number} of '{path}' is not JSON ({error.msg} at column {error.colno}); "
@@ -72,14 +105,6 @@ def read_rows(path: Path) -> Iterator[tuple[dict[str, object], str]]:
                 path=path,
                 row=number,
             ) from error
-        text = row.get("text") if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            raise TextError(
-                f"row {number} of '{path}' has no string field 'text'; each row must look like {{\"text\": \"…\"}}",
-                path=path,
-                row=number,
-            )
-        yield row, text
 
 
 def _read_utf8(path: Path) -> str:
@@ -120,19 +145,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         ) from error
 
 
-def encode_documents(
-    documents: Sequence[str], tokenizer: Tokenizer | Encode, separator: int | None
-) -> NDArray[np.int64]:
-    """Encode all documents as one stream of token ids, without special tokens.
-
-    Args:
-        documents: the texts, in order.
-        tokenizer: a fast tokenizer, or a function from text to ids.
-        separator: id put *between* documents, usually end-of-text; None joins them bare.
-
-    Returns: (tokens,) int64.
-    """
-    pieces: list[NDArray[np.int64]] = []
+def _encoded(documents: Sequence[str], tokenizer: Tokenizer | Encode) -> Iterator[NDArray[np.int64]]:
     for start in range(0, len(documents), _BATCH):
         batch = list(documents[start : start + _BATCH])
         if isinstance(tokenizer, Tokenizer):
@@ -140,11 +153,63 @@ def encode_documents(
             rows: Iterable[Sequence[int]] = (encoding.ids for encoding in encodings)
         else:
             rows = (tokenizer(text) for text in batch)
-        for row in rows:
-            if pieces and separator is not None:
-                pieces.append(np.array([separator], dtype=np.int64))
-            pieces.append(np.asarray(row, dtype=np.int64))
+        yield from (np.asarray(row, dtype=np.int64) for row in rows)
+
+
+def encode_documents(
+    documents: Sequence[str], tokenizer: Tokenizer | Encode, separator: int | None, bos: int | None = None
+) -> NDArray[np.int64]:
+    """Encode all documents as one stream of token ids, without special tokens but those named here.
+
+    Args:
+        documents: the texts, in order.
+        tokenizer: a fast tokenizer, or a function from text to ids.
+        separator: id put *between* documents, usually end-of-text; None joins them bare.
+        bos: id put before each document, usually beginning-of-text; None puts nothing.
+
+    Returns: (tokens,) int64.
+    """
+    pieces: list[NDArray[np.int64]] = []
+    for row in _encoded(documents, tokenizer):
+        if pieces and separator is not None:
+            pieces.append(np.array([separator], dtype=np.int64))
+        if bos is not None:
+            pieces.append(np.array([bos], dtype=np.int64))
+        pieces.append(row)
     return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
+
+
+def token_examples(
+    documents: Sequence[str],
+    tokenizer: Tokenizer | Encode,
+    longest: int,
+    *,
+    bos: int | None,
+    eos: int | None,
+) -> list[NDArray[np.int64]]:
+    """Encode each document on its own, cut to `longest` tokens.
+
+    A document that is cut gets no end-of-text token: it does not end there. One of a single token is left out, since
+    it holds nothing to predict.
+
+    Args:
+        documents: the texts, in order.
+        tokenizer: a fast tokenizer, or a function from text to ids.
+        longest: most tokens of an example, ≥ 2.
+        bos: id put before each document; None puts nothing.
+        eos: id put behind each document; None puts nothing.
+    Returns: (tokens,) int64 each, of 2 to `longest` tokens.
+    Raises: TextError when no document has two tokens.
+    """
+    first, last = ([] if token is None else [token] for token in (bos, eos))
+    examples = [np.array([*first, *row, *last], dtype=np.int64)[:longest] for row in _encoded(documents, tokenizer)]
+    examples = [example for example in examples if example.size >= 2]
+    if not examples:
+        raise TextError(
+            f"none of the {len(documents)} documents has two tokens, one to read and one to predict; give more text",
+            documents=len(documents),
+        )
+    return examples
 
 
 def token_windows(
@@ -155,6 +220,7 @@ def token_windows(
     seed: int | None,
     *,
     separator: int | None,
+    bos: int | None = None,
 ) -> NDArray[np.int64]:
     """Cut non-overlapping windows out of the joined documents, in an order fixed by the seed.
 
@@ -167,12 +233,13 @@ def token_windows(
         count: how many windows; None takes all there are.
         seed: of the shuffle, done before `count` is taken; None keeps the order of the text.
         separator: id put between documents, usually end-of-text; None joins them bare.
+        bos: id put before each document, usually beginning-of-text; None puts nothing.
 
     Returns: (windows, window) int64.
     Raises: TextError when the text fills fewer than `count` windows (or none at all): it tells
         the tokens there are and the tokens needed.
     """
-    stream = encode_documents(documents, tokenizer, separator)
+    stream = encode_documents(documents, tokenizer, separator, bos)
     there, wanted = stream.size // window, 1 if count is None else count
     if there < max(wanted, 1):
         needed = max(wanted, 1) * window

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from losa_export.chat import ChatTemplate, load_chat_template
 from losa_export.errors import CheckpointError, InputError
-from losa_export.runtimes.chat import ChatTemplate, load_chat_template
 
 HELLO = [{"role": "user", "content": 'hello <you> & "me"'}]
 CHATML = (

@@ -70,7 +70,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(
                 f"the chat template in '{self.origin}' is not valid Jinja (line {error.lineno}: {error.message}); "
-                "mend it, or generate without it by --raw (chat='never')",
+                "mend it, or do without it (--raw when generating)",
                 path=self.origin,
             ) from error
         try:
@@ -84,7 +84,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             raise InputError(
                 f"the chat template in '{self.origin}' refused these messages: {error}; "
-                "change the messages, or generate without it by --raw (chat='never')",
+                "change the messages, or do without it (--raw when generating)",
                 path=self.origin,
             ) from error
 
