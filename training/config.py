@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from losa_export.errors import ConfigError, InputError
-from losa_export.training.allocation import RANK_ALLOCATORS, SPARSITY_ALLOCATORS
+from losa_export.training.allocation import NEED_RMI, RANK_ALLOCATORS, SPARSITY_ALLOCATORS
 
 Dtype = Literal["fp32", "bf16"]
 Compute = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
+ErrorKind = Literal["accumulated", "local"]
 Operator = Literal["exact", "lors"]
 Schedule = Literal["cosine", "per_round"]
 ReconstructTarget = Literal["accumulated", "local"]
 ReconstructRounds = Literal["last", "every"]
 
 # Their names as annotations spell them: what they hold is a string.
-_CHOICES = ("Dtype", "Compute", "Device", "Operator", "Schedule", "ReconstructTarget", "ReconstructRounds")
+_CHOICES = ("Dtype", "Compute", "Device", "ErrorKind", "Operator", "Schedule", "ReconstructTarget", "ReconstructRounds")
 
 CONFIG_FILE = "config.toml"
 
@@ -76,8 +77,24 @@ class TrainConfig:
             multiplies it natively, and fp32 otherwise.
         device: "auto" takes a GPU if there is one.
         seed: of the adapters' start, the choice of calibration windows and the order of the tuning windows.
-        sparsity_allocator: how the sparsity of a round is shared out among blocks.
-        rank_allocator: how rank is shared out among blocks.
+        sparsity_allocator: how the sparsity of a round is shared out among blocks: "uniform"; "lp" or "linear" by
+            how redundant a block is, exactly or smoothly; "owl" by its outliers; "atp" by its place; "fixed" by
+            `block_sparsities`.
+        sparsity_band: of "lp" and "linear": how far a block may lie from a round's target; None is 0.01 to 0.03,
+            wider for higher targets.
+        block_sparsities: of "fixed": one number for each block; only their proportions count.
+        rmi_windows: of "lp" and "linear": calibration windows, the first so many, on which mutual information is
+            measured; None is all of them.
+        rmi_debiased: estimate it without the bias towards 1 that many features and few windows give.
+        rmi_normalise: bring each token's features to one size first, so that massive channels do not decide.
+        owl_outlier_factor: of "owl": a score this many times the mean of its block is an outlier.
+        owl_spread: of "owl": half the difference in density between the blocks with most and fewest outliers.
+        atp_difference: of "atp": by how much each block is sparser than the one before it.
+        rank_allocator: how rank is shared out among blocks: "uniform"; "water_filling" or "proportional" by each
+            block's reconstruction error, with an exact sum or as the method was released.
+        rank_growth: by how much the mean rank rises from round to round; `rank` is that of the first.
+        error_kind: reconstruction error that ranks go by: "accumulated" over the blocks before, or a block's own,
+            "local".
         reconstruct_epochs: passes over the calibration windows in which a block that has been pruned is fitted to
             the dense block's answers; 0 leaves kept weights as they are.
         reconstruct_learning_rate: peak rate of that fit, as a fraction of the size of a linear's kept weights.
@@ -123,7 +140,17 @@ class TrainConfig:
     device: Device = "auto"
     seed: int = 0
     sparsity_allocator: str = "uniform"
+    sparsity_band: float | None = None
+    block_sparsities: tuple[float, ...] = ()
+    rmi_windows: int | None = None
+    rmi_debiased: bool = False
+    rmi_normalise: bool = False
+    owl_outlier_factor: float = 5.0
+    owl_spread: float = 0.08
+    atp_difference: float = 0.01
     rank_allocator: str = "uniform"
+    rank_growth: float = 0.0
+    error_kind: ErrorKind = "accumulated"
     reconstruct_epochs: int = 0
     reconstruct_learning_rate: float = 0.01
     reconstruct_target: ReconstructTarget = "accumulated"
@@ -168,11 +195,59 @@ class TrainConfig:
         self._choice("learning_rate_schedule", ("cosine", "per_round"))
         self._choice("sparsity_allocator", tuple(SPARSITY_ALLOCATORS))
         self._choice("rank_allocator", tuple(RANK_ALLOCATORS))
+        self._choice("error_kind", ("accumulated", "local"))
+        self._check_allocation()
         self._require("reconstruct_epochs", self.reconstruct_epochs >= 0, "it must not be negative")
         rate = self.reconstruct_learning_rate
         self._require("reconstruct_learning_rate", 0.0 < rate < math.inf, "it must be positive and finite")
         self._choice("reconstruct_target", ("accumulated", "local"))
         self._choice("reconstruct_rounds", ("last", "every"))
+
+    def _check_allocation(self) -> None:
+        band = self.sparsity_band
+        self._require("sparsity_band", band is None or 0.0 <= band < 1.0, "it must lie in [0, 1)")
+        for name in ("owl_outlier_factor", "owl_spread"):
+            value = getattr(self, name)
+            self._require(name, 0.0 < value < math.inf, "it must be positive and finite")
+        self._require("atp_difference", -1.0 < self.atp_difference < 1.0, "it must lie between -1 and 1")
+        sparsities = self.block_sparsities
+        self._require(
+            "block_sparsities",
+            all(0.0 <= value < 1.0 for value in sparsities) and (not sparsities or max(sparsities) > 0.0),
+            "each must lie in [0, 1), and one of them above 0",
+        )
+        fixed = self.sparsity_allocator == "fixed"
+        self._require("block_sparsities", fixed == bool(sparsities), "give them with sparsity_allocator 'fixed' only")
+        windows = self.rmi_windows
+        self._require(
+            "rmi_windows",
+            windows is None or 1 <= windows <= self.calibration_windows,
+            f"it must lie between 1 and calibration_windows, {self.calibration_windows}",
+        )
+        needed = MIN_WINDOWS_DEBIASED if self.rmi_debiased else MIN_WINDOWS
+        if self.sparsity_allocator in NEED_RMI and self.windows_for_rmi < needed:
+            raise ConfigError(
+                f"sparsity_allocator '{self.sparsity_allocator}' compares blocks over windows, of which "
+                f"{self.windows_for_rmi} is too few; set rmi_windows or calibration_windows to at least {needed}",
+                field="calibration_windows" if windows is None else "rmi_windows",
+                value=self.windows_for_rmi,
+            )
+        last = self.rank + self.rank_growth * (self.rounds - 1)
+        self._require(
+            "rank_growth",
+            1.0 <= last <= self.max_rank,
+            f"it brings the mean rank to {last:g} in the last round; that must lie between 1 and max_rank, "
+            f"{self.max_rank}",
+        )
+
+    @property
+    def windows_for_rmi(self) -> int:
+        """Calibration windows on which mutual information is measured."""
+        return self.calibration_windows if self.rmi_windows is None else self.rmi_windows
+
+    def mean_rank(self, round_number: int) -> float:
+        """Mean rank of the blocks in a round, counted from 1."""
+        return self.rank + self.rank_growth * (round_number - 1)
 
     def _require(self, field: str, condition: bool, mend: str) -> None:
         if not condition:
@@ -206,7 +281,7 @@ def to_table(config: TrainConfig) -> dict[str, Any]:
         if isinstance(value, Path):
             value = str(value)
         elif isinstance(value, tuple):
-            value = [str(path) for path in value]
+            value = [str(item) if isinstance(item, Path) else item for item in value]
         if value is not None:
             table[field.name] = value
     return table
@@ -237,6 +312,8 @@ def _typed(name: str, annotation: str, value: Any, where: Path) -> Any:
     kind = annotation.removesuffix(" | None")
     if kind == "Path" and isinstance(value, str):
         return Path(value)
+    if kind == "tuple[float, ...]" and isinstance(value, list):
+        return tuple(_typed(name, "float", item, where) for item in value)
     if kind.startswith("tuple") and isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(Path(item) for item in value)
     if kind == "bool" and isinstance(value, bool):
