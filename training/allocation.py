@@ -238,6 +238,9 @@ RANK_ALLOCATORS: Mapping[str, RankAllocator] = {
     "proportional": ProportionalRank(),
     "water_filling": WaterFillingRank(),
 }
+# Windows that mutual information needs to be defined, and its unbiased estimator.
+MIN_WINDOWS = 2
+MIN_WINDOWS_DEBIASED = 4
 # What has to be measured for which allocator.
 NEED_RMI = frozenset({"lp", "linear"})
 NEED_OUTLIERS = frozenset({"owl"})

@@ -12,11 +12,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from losa_export.errors import ConfigError, InputError
-from losa_export.training.allocation import NEED_RMI, RANK_ALLOCATORS, SPARSITY_ALLOCATORS
+from losa_export.training.allocation import (
+    MIN_WINDOWS,
+    MIN_WINDOWS_DEBIASED,
+    NEED_RMI,
+    RANK_ALLOCATORS,
+    SPARSITY_ALLOCATORS,
+)
 
 Dtype = Literal["fp32", "bf16"]
 Compute = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
+# accumulated: the dense block reads what the dense model gives it, so the error holds that of all blocks before.
+# local: it reads what the sparse model gives it, so the error is the block's own.
 ErrorKind = Literal["accumulated", "local"]
 Operator = Literal["exact", "lors"]
 Schedule = Literal["cosine", "per_round"]

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-# accumulated: the dense block reads what the dense model gives it, so the error holds that of all blocks before.
-# local: it reads what the sparse model gives it, so the error is the block's own.
-ErrorKind = Literal["accumulated", "local"]
+from losa_export.training.config import ErrorKind as ErrorKind
 
 
 class ChannelErrors:

@@ -18,12 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from losa_export.errors import ConfigError
+from losa_export.training.allocation import MIN_WINDOWS, MIN_WINDOWS_DEBIASED
 
 FloatMatrix = NDArray[np.float64]
-
-# Windows that an estimator needs to be defined.
-MIN_WINDOWS = 2
-MIN_WINDOWS_DEBIASED = 4
 
 # Elements of the features alive at once: 64 MB in float32.
 _CHUNK_ELEMENTS = 1 << 24
