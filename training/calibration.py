@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from losa_export.training.gram import Gram
+
 
 @dataclass
 class BlockBatch:
@@ -110,3 +112,47 @@ def input_square_sums(
         for batch in batches:
             run_block(block, index, batch)
     return {name: total.float() for name, total in sums.items()}
+
+
+@torch.no_grad()
+def input_grams(
+    block: nn.Module, index: int, linears: Mapping[str, nn.Module], batches: Sequence[BlockBatch]
+) -> dict[str, Gram]:
+    """Second moments of the inputs of a block's linears over all calibration tokens.
+
+    Products are taken in float32 (float64 if the activations are that), and batches are added up in float64.
+    Linears that are handed the same tensor, such as the query, key and value projections, share one matrix.
+
+    Args:
+        block: the decoder block, which computes as it is (old masks).
+        index: its place.
+        linears: name to module inside `block`.
+        batches: the block's inputs.
+    Returns: name → moments, on the device of the block.
+    """
+    sums: dict[str, Tensor] = {}
+    source: dict[str, str] = {}
+    met: list[tuple[Tensor, str]] = []
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if name not in source:
+                source[name] = next((first for tensor, first in met if tensor is inputs[0]), name)
+                met.append((inputs[0], name))
+            if source[name] != name:
+                return
+            features = inputs[0].reshape(-1, inputs[0].shape[-1])
+            features = features.to(torch.promote_types(features.dtype, torch.float32))
+            part = (features.T @ features).double()
+            sums[name] = sums[name].add_(part) if name in sums else part
+
+        return add
+
+    with contextlib.ExitStack() as hooks:
+        for name, linear in linears.items():
+            hooks.callback(linear.register_forward_pre_hook(watch(name)).remove)
+        for batch in batches:
+            run_block(block, index, batch)
+            met.clear()
+    grams = {name: Gram(total) for name, total in sums.items()}
+    return {name: grams[source[name]] for name in linears}

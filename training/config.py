@@ -19,6 +19,8 @@ from losa_export.training.allocation import (
     RANK_ALLOCATORS,
     SPARSITY_ALLOCATORS,
 )
+from losa_export.training.criteria import CRITERIA
+from losa_export.training.pattern import Pattern
 
 Dtype = Literal["fp32", "bf16"]
 Compute = Literal["auto", "fp32", "bf16"]
@@ -103,6 +105,11 @@ class TrainConfig:
         rank_growth: by how much the mean rank rises from round to round; `rank` is that of the first.
         error_kind: reconstruction error that ranks go by: "accumulated" over the blocks before, or a block's own,
             "local".
+        criterion: which weights go: "wanda", "magnitude", or "sparsegpt" and "alps", which also change those that
+            stay.
+        pattern: an N:M pattern such as "2:4", N kept of M, which `sparsity_fraction` must agree with; "mixed:8"
+            gives each block an N by its own sparsity. None prunes without structure.
+        damping: of sparsegpt and alps: part of the mean diagonal of the inputs' second moments that is added to it.
         reconstruct_epochs: passes over the calibration windows in which a block that has been pruned is fitted to
             the dense block's answers; 0 leaves kept weights as they are.
         reconstruct_learning_rate: peak rate of that fit, as a fraction of the size of a linear's kept weights.
@@ -159,6 +166,9 @@ class TrainConfig:
     rank_allocator: str = "uniform"
     rank_growth: float = 0.0
     error_kind: ErrorKind = "accumulated"
+    criterion: str = "wanda"
+    pattern: str | None = None
+    damping: float = 0.01
     reconstruct_epochs: int = 0
     reconstruct_learning_rate: float = 0.01
     reconstruct_target: ReconstructTarget = "accumulated"
@@ -205,6 +215,10 @@ class TrainConfig:
         self._choice("rank_allocator", tuple(RANK_ALLOCATORS))
         self._choice("error_kind", ("accumulated", "local"))
         self._check_allocation()
+        self._choice("criterion", tuple(CRITERIA))
+        self._require("damping", 0.0 <= self.damping < math.inf, "it must be 0 or a positive finite number")
+        if self.pattern is not None:
+            Pattern.parse(self.pattern).check_sparsity(self.sparsity_fraction)
         self._require("reconstruct_epochs", self.reconstruct_epochs >= 0, "it must not be negative")
         rate = self.reconstruct_learning_rate
         self._require("reconstruct_learning_rate", 0.0 < rate < math.inf, "it must be positive and finite")

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from losa_export.training.adapter import MaskedLoRALinear
 from losa_export.training.allocation import FloatVector
-from losa_export.training.calibration import BlockBatch, capture_block_inputs, input_square_sums, run_block
+from losa_export.training.calibration import BlockBatch, capture_block_inputs, run_block
+from losa_export.training.criteria import CRITERIA, InputStatistics, Problem
 from losa_export.training.model import AdaptedModel
 from losa_export.training.reconstruct import Reconstructor
 from losa_export.training.reconstruction_error import ChannelErrors, ErrorKind
-from losa_export.training.scores import pruned_per_row, select_kept, wanda_scores
+from losa_export.training.rule import PruneRule
+from losa_export.training.scores import Amount
 
 
 def prune_blocks(
@@ -25,6 +27,7 @@ def prune_blocks(
     targets: FloatVector,
     *,
     batch_size: int,
+    rule: PruneRule | None = None,
     errors: ErrorKind | None = None,
     on_block: Callable[[int], None] = lambda _: None,
     reconstructor: Reconstructor | None = None,
@@ -35,10 +38,11 @@ def prune_blocks(
     all linears of a block come from one pass at its old masks; its output with the new masks feeds the next.
 
     Args:
-        adapted: the model; its masks change, and what `reconstructor` fits.
+        adapted: the model; its masks change, and the frozen weights if `rule` compensates or by `reconstructor`.
         windows: (n, tokens) int64 calibration windows.
         targets: (L,) sparsity of each block.
         batch_size: windows run together.
+        rule: criterion and pattern; Wanda without a pattern if not given.
         errors: measure each block's reconstruction error, against a dense block that reads what the dense model
             gives it, or what the sparse one does. The dense pass goes along block by block, so that one block's
             outputs are held at a time. None measures nothing.
@@ -46,6 +50,8 @@ def prune_blocks(
         reconstructor: fits each block to a dense one's answers; errors are then those that are left.
     Returns: (L,) float64 errors, or None if none were asked for.
     """
+    rule = rule or PruneRule()
+    amounts = rule.amounts(adapted, targets)
     batches = capture_block_inputs(adapted.model, adapted.blocks, windows, batch_size)
     dense = [batch.hidden for batch in batches]
     measured: list[float] = []
@@ -54,14 +60,14 @@ def prune_blocks(
     for index, block in enumerate(adapted.blocks):
         layers = adapted.layers_of(index)
         with all_folded(layers, adapted.compute_dtype):
-            sums = input_square_sums(block, index, layers, batches)
+            inputs = rule.measure(block, index, layers, batches)
         for name, layer in layers.items():
-            prune_layer(layer, sums[name], float(targets[index]))
+            prune_layer(layer, rule, amounts[index], inputs[name])
         wanted: dict[ErrorKind, list[Tensor]] = {}
         for kind in kinds:
-            inputs = dense if kind == "accumulated" else [batch.hidden for batch in batches]
+            read = dense if kind == "accumulated" else [batch.hidden for batch in batches]
             with all_dense(layers, adapted.compute_dtype):
-                wanted[kind] = _outputs(block, index, batches, inputs)
+                wanted[kind] = _outputs(block, index, batches, read)
         dense = wanted.get("accumulated", dense)
         if reconstructor is not None:
             reconstructor.fit(block, index, layers, batches, wanted[reconstructor.settings.target])
@@ -95,10 +101,13 @@ def _error(dense: Sequence[Tensor], batches: Sequence[BlockBatch]) -> float:
 
 
 @torch.no_grad()
-def prune_layer(layer: MaskedLoRALinear, input_sq_sum: Tensor, sparsity_fraction: float) -> None:
-    """Prune each row of a layer to ⌊in · sparsity + 1e-6⌋ zeros by Wanda's score."""
-    scores = wanda_scores(layer.merged(), input_sq_sum)
-    layer.set_mask(select_kept(scores, pruned_per_row(layer.in_features, sparsity_fraction), layer.kept))
+def prune_layer(layer: MaskedLoRALinear, rule: PruneRule, amount: Amount, inputs: InputStatistics) -> None:
+    """Prune a layer to `amount`: its mask shrinks, and its frozen weight changes if the criterion compensates."""
+    problem = Problem(layer.merged(), inputs, amount, layer.kept, rule.damping)
+    solution = CRITERIA[rule.criterion].solve(problem)
+    layer.set_mask(solution.kept)
+    if solution.weight is not None:
+        layer.set_effective_weight(solution.weight)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,45 @@ def wanda_scores(weight: Tensor, input_sq_sum: Tensor) -> Tensor:
         )
     precise = weight.dtype if weight.dtype == torch.float64 else torch.float32
     return weight.to(precise).abs() * input_sq_sum.to(precise).sqrt()
+
+
+def magnitude_scores(weight: Tensor) -> Tensor:
+    """|W|, (out, in), in float32, or float64 if W is that: what needs no calibration."""
+    precise = weight.dtype if weight.dtype == torch.float64 else torch.float32
+    return weight.to(precise).abs()
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much of a matrix is to be pruned in all, counting what is pruned already.
+
+    Attributes:
+        sparsity_fraction: zeros of an unstructured matrix.
+        kept: N of an N:M pattern; None for an unstructured matrix.
+        width: M of an N:M pattern.
+    """
+
+    sparsity_fraction: float
+    kept: int | None = None
+    width: int = 1
+
+    def select(self, scores: Tensor, kept_before: Tensor, *, jointly: bool = False) -> Tensor:
+        """The mask that prunes the least important weights.
+
+        Args:
+            scores: (out, in), ≥ 0; `in` is a multiple of M where there is a pattern.
+            kept_before: (out, in) bool, the mask so far; what was pruned stays pruned.
+            jointly: compare the weights of all rows with each other; otherwise each row loses the same number.
+                A pattern compares within its groups alone.
+        Returns: (out, in) bool, True = keep.
+        """
+        if self.kept is not None:
+            columns, count = self.width, self.width - self.kept
+        else:
+            columns = scores.numel() if jointly else scores.shape[1]
+            count = pruned_per_row(columns, self.sparsity_fraction)
+        flat = select_kept(scores.reshape(-1, columns), count, kept_before.reshape(-1, columns))
+        return flat.reshape(scores.shape)
 
 
 def pruned_per_row(columns: int, sparsity_fraction: float) -> int:

@@ -29,6 +29,7 @@ from losa_export.training.outputs import ADAPTER_FOLDER, MASKS_FILE, write_outpu
 from losa_export.training.preflight import TrainInputs, check_inputs, one_shot_config
 from losa_export.training.prune import prune_blocks
 from losa_export.training.reconstruct import Reconstructor, ReconstructSettings
+from losa_export.training.rule import PruneRule
 from losa_export.training.schedule import (
     PROVISIONAL_STEPS,
     RoundPlan,
@@ -145,7 +146,7 @@ def train(
 
 
 def one_shot(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
-    """Prune once to the final sparsity by Wanda's score, without tuning: the baseline.
+    """Prune once to the final sparsity by `criterion`, without tuning: the baseline.
 
     The run folder is like any other; its adapters are zero.
     """
@@ -282,6 +283,7 @@ class _Session:
                 torch.from_numpy(self.inputs.calibration),
                 targets,
                 batch_size=config.batch_size,
+                rule=PruneRule.of(config),
                 on_block=on_block,
                 reconstructor=reconstructor,
             )
