@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,43 +13,79 @@ from torch import Tensor
 
 from losa_export.training.adapter import MaskedLoRALinear
 from losa_export.training.config import TrainConfig
-from losa_export.training.loss import CausalLoss
+from losa_export.training.loss import CausalLoss, Objective
 from losa_export.training.model import AdaptedModel
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+# Examples of like length are put together within so many batches, which the shuffle has brought together.
+_BATCHES_SORTED = 50
+# Under padding nothing is learnt and nothing read, so any token that has an embedding will do.
+_PADDING = 0
+
+
 class TuningData:
     """Tuning windows in an order that depends on the seed and the place alone, without end.
 
+    Windows of unequal lengths are padded at their ends, and batched with others of like length.
+
     Args:
-        windows: (n, tokens) int64.
+        windows: (n, tokens) int64, or n windows of their own lengths.
         batch_size: windows in a batch.
         seed: of the shuffles, a new one for every pass over the windows.
     """
 
-    def __init__(self, windows: NDArray[np.int64], batch_size: int, seed: int) -> None:
+    def __init__(self, windows: Sequence[NDArray[np.int64]], batch_size: int, seed: int) -> None:
         self._windows = windows
         self._batch_size = batch_size
         self._seed = seed
-        self._shuffle: tuple[int, NDArray[np.int64]] | None = None
+        self._order: tuple[int, NDArray[np.int64]] | None = None
+        self._sizes = np.array([window.size for window in windows])
+        self._ragged = bool((self._sizes != self._sizes[0]).any())
 
     def batch(self, number: int) -> NDArray[np.int64]:
         """Batch `number`, (batch_size, tokens), counted from 0 over the whole run."""
-        first = number * self._batch_size
-        return np.stack([self._window(place) for place in range(first, first + self._batch_size)])
+        rows = [self._windows[index] for index in self._members(number)]
+        batch = np.full((len(rows), max(row.size for row in rows)), _PADDING, dtype=np.int64)
+        for place, row in enumerate(rows):
+            batch[place, : row.size] = row
+        return batch
 
-    def _window(self, place: int) -> NDArray[np.int64]:
+    def lengths(self, number: int) -> NDArray[np.int64] | None:
+        """(batch_size,) tokens of each window of a batch that are no padding; None if windows are all alike."""
+        return self._sizes[self._members(number)].astype(np.int64) if self._ragged else None
+
+    def tokens(self, number: int) -> int:
+        """Tokens of a batch, without padding."""
+        return int(self._sizes[self._members(number)].sum())
+
+    def _members(self, number: int) -> list[int]:
+        first = number * self._batch_size
+        return [self._member(place) for place in range(first, first + self._batch_size)]
+
+    def _member(self, place: int) -> int:
         epoch, offset = divmod(place, len(self._windows))
-        if self._shuffle is None or self._shuffle[0] != epoch:
-            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._windows))
-            self._shuffle = epoch, order
-        row: NDArray[np.int64] = self._windows[self._shuffle[1][offset]]
-        return row
+        if self._order is None or self._order[0] != epoch:
+            random = np.random.default_rng([self._seed, epoch])
+            order = random.permutation(len(self._windows))
+            self._order = epoch, self._by_length(order, random) if self._ragged else order
+        return int(self._order[1][offset])
+
+    def _by_length(self, order: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
+        """The same windows with those of like length side by side, in batches that come in random order."""
+        pool = self._batch_size * _BATCHES_SORTED
+        pools = (order[start : start + pool] for start in range(0, order.size, pool))
+        ordered = np.concatenate([part[np.argsort(-self._sizes[part], kind="stable")] for part in pools])
+        whole = ordered.size // self._batch_size * self._batch_size
+        batches = random.permutation(ordered[:whole].reshape(-1, self._batch_size))
+        return np.concatenate([batches.reshape(-1), ordered[whole:]])
 
 
 class Tuner:
-    """Adapters, their optimizer, and the step that moves them. One optimizer state serves all rounds.
+    """Adapters, their optimizer, and the step that moves them.
+
+    One optimizer state serves all rounds, unless somebody calls `forget_moments` between them.
 
     Args:
         adapted: the model, already on its device.
@@ -67,14 +104,25 @@ class Tuner:
         ]
         # Decay is applied below, to the active slices only; the optimizer's own would shrink the others too.
         self._adamw = torch.optim.AdamW(self._parameters, lr=config.learning_rate, weight_decay=0.0)
-        self._module, self._optimizer = accelerator.prepare(CausalLoss(adapted.model), self._adamw)
+        self._module, self._optimizer = accelerator.prepare(
+            CausalLoss(
+                adapted.model,
+                Objective(config.kl_weight, config.squarehead_weight, config.gradient_checkpointing),
+            ),
+            self._adamw,
+        )
 
     def step(self, number: int, rate: float) -> float:
         """One optimizer step on batch `number` at learning rate `rate`. Returns: the loss before it."""
-        batch = torch.from_numpy(self._data.batch(number))
-        mine = batch[self._accelerator.process_index :: self._accelerator.num_processes]
-        loss = self._module(mine.to(self._accelerator.device))
-        self._accelerator.backward(loss)
+        mine = slice(self._accelerator.process_index, None, self._accelerator.num_processes)
+        batch, lengths = self._data.batch(number)[mine], self._data.lengths(number)
+        device = self._accelerator.device
+        with self._dropping(number):
+            if lengths is None:
+                loss = self._module(torch.from_numpy(batch).to(device))
+            else:
+                loss = self._module(torch.from_numpy(batch).to(device), torch.from_numpy(lengths[mine]).to(device))
+            self._accelerator.backward(loss)
         if self._config.gradient_clip > 0.0:
             self._accelerator.clip_grad_norm_(self._parameters, self._config.gradient_clip)
         decay_active(self._adapted.layers.values(), rate * self._config.weight_decay)
@@ -83,6 +131,32 @@ class Tuner:
         self._optimizer.step()
         self._optimizer.zero_grad()
         return float(self._accelerator.reduce(loss.detach(), reduction="mean"))
+
+    def tokens(self, number: int) -> int:
+        """Tokens that step `number` trains on."""
+        return self._data.tokens(number)
+
+    @contextlib.contextmanager
+    def _dropping(self, number: int) -> Iterator[None]:
+        """Within the block adapters drop inputs, if they shall: which ones depends on seed, step and process alone."""
+        if self._config.adapter_dropout == 0.0:
+            yield
+            return
+        device, layers = self._accelerator.device, self._adapted.layers.values()
+        place = [self._config.seed, number, self._accelerator.process_index]
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+            for layer in layers:
+                layer.train()
+            try:
+                yield
+            finally:
+                for layer in layers:
+                    layer.eval()
+
+    def forget_moments(self) -> None:
+        """Let the optimizer begin anew, as after its construction."""
+        self._adamw.state.clear()
 
     def set_ranks(self, ranks: Mapping[str, int]) -> None:
         """Give each layer its active rank, and forget the moments of slices that sleep.
@@ -108,7 +182,7 @@ class Tuner:
         return saved
 
     def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Take over adapters and moments as `tensors` returned them, after `steps` optimizer steps."""
+        """Take over adapters and moments as `tensors` returned them, `steps` steps after the optimizer's start."""
         for name, layer in self._adapted.layers.items():
             for side, parameter in (("A", layer.lora_A), ("B", layer.lora_B)):
                 with torch.no_grad():

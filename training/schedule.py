@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 # With a time budget and no measured speed yet, the first steps of round 1 are planned as if it had this many.
 PROVISIONAL_STEPS = 50
@@ -53,6 +54,9 @@ class RoundPlan:
         anchor_step: step from which this plan holds.
         anchor_progress: progress at that step.
         warmup_steps: steps in which the rate rises from zero.
+        decay: "cosine" over the progress of all rounds, or "linear" over that of this round, whose progress then
+            runs from 0 to 1.
+        fall_progress: progress at which the linear decay begins.
     """
 
     end_step: int
@@ -60,11 +64,19 @@ class RoundPlan:
     anchor_step: int
     anchor_progress: float
     warmup_steps: int
+    decay: Literal["cosine", "linear"] = "cosine"
+    fall_progress: float = 0.0
 
     @classmethod
     def of_round(cls, span: tuple[float, float], steps: int, warmup_fraction: float) -> RoundPlan:
-        """A round that covers `span` in `steps` steps."""
+        """A round that covers `span` of the one cosine in `steps` steps."""
         return cls(steps, span[1], 0, span[0], math.ceil(steps * warmup_fraction))
+
+    @classmethod
+    def of_its_own(cls, steps: int, warmup_fraction: float) -> RoundPlan:
+        """A round whose rate rises to its peak and falls to zero in `steps` steps, whatever other rounds do."""
+        warmup = math.ceil(steps * warmup_fraction)
+        return cls(steps, 1.0, 0, 0.0, warmup, "linear", warmup / max(1, steps))
 
     def progress(self, step: int) -> float:
         """Progress over all rounds before step `step` (counted from 0 in this round)."""
@@ -74,8 +86,14 @@ class RoundPlan:
         return self.anchor_progress + (self.end_progress - self.anchor_progress) * done
 
     def rate_factor(self, step: int) -> float:
-        """Learning rate of step `step` as a fraction of its peak: one cosine over all rounds, times warm-up."""
+        """Learning rate of step `step` as a fraction of its peak: one cosine over all rounds, times warm-up.
+
+        Or with linear decay the round's own triangle, which falls to zero from the peak at the end of the warm-up.
+        """
         warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        if self.decay == "linear":
+            fall = 1.0 - self.fall_progress
+            return min(warmup, (1.0 - self.progress(step)) / fall) if fall > 0.0 else warmup
         return warmup * 0.5 * (1.0 + math.cos(math.pi * self.progress(step)))
 
     def corrected(self, step: int, end_step: int) -> RoundPlan:

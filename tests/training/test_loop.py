@@ -122,3 +122,93 @@ def test_no_decay_touches_nothing(tiny_config: ConfigMaker) -> None:
     before = [layer.lora_A.clone() for layer in adapted.layers.values()]
     decay_active(adapted.layers.values(), 0.0)
     assert all(torch.equal(a, layer.lora_A) for a, layer in zip(before, adapted.layers.values(), strict=True))
+
+
+RAGGED = [np.full(size, size, dtype=np.int64) for size in np.random.default_rng(1).integers(2, 17, size=23)]
+
+
+def test_examples_of_their_own_lengths_are_padded_at_the_end_and_counted_without() -> None:
+    data = TuningData(RAGGED, batch_size=4, seed=1)
+    for number in range(12):
+        batch, lengths = data.batch(number), data.lengths(number)
+        assert lengths is not None
+        assert batch.shape == (4, lengths.max())
+        for row, length in zip(batch, lengths, strict=True):
+            assert row[:length].tolist() == [length] * length
+            assert not row[length:].any()
+        assert data.tokens(number) == lengths.sum()
+    assert TuningData(WINDOWS, batch_size=4, seed=1).lengths(0) is None
+    assert TuningData(WINDOWS, batch_size=4, seed=1).tokens(0) == 64
+
+
+def test_examples_of_their_own_lengths_come_once_a_pass_with_their_like() -> None:
+    data = TuningData(RAGGED, batch_size=1, seed=1)
+    stream = [int(data.batch(number)[0, 0]) for number in range(46)]
+    expected = sorted(row.size for row in RAGGED)
+    assert [sorted(stream[:23]), sorted(stream[23:])] == [expected, expected]
+    assert stream[:23] != stream[23:]
+    spread = [np.ptp(TuningData(RAGGED, batch_size=4, seed=1).lengths(number)) for number in range(5)]
+    assert max(spread) <= 6  # of 14 between the shortest and the longest
+
+
+def test_a_step_on_padded_examples_equals_torch_on_the_examples_alone(tiny_config: ConfigMaker) -> None:
+    config = tiny_config(gradient_clip=0.0, weight_decay=0.0)
+    examples = [np.asarray(row[:size]) for row, size in zip(WINDOWS, (16, 9, 4, 16, 2, 7, 5), strict=True)]
+    tuner = make_tuner(config)
+    tuner._data = TuningData(examples, 2, 0)
+    batch, lengths = tuner._data.batch(0), tuner._data.lengths(0)
+    assert lengths is not None
+    with torch.no_grad():
+        parts = [
+            float(CausalLoss(tuner._adapted.model)(torch.from_numpy(row[None, :size]))) * (size - 1)
+            for row, size in zip(batch, lengths, strict=True)
+        ]
+    # 1e-6: float32 products of other shapes
+    assert tuner.step(0, 1e-3) == pytest.approx(sum(parts) / (lengths - 1).sum(), rel=1e-6)
+
+
+def test_what_an_adapter_drops_depends_on_seed_and_step_and_touches_no_other_randomness(
+    tiny_config: ConfigMaker,
+) -> None:
+    losses = []
+    for noise in (0, 1):
+        tuner = make_tuner(tiny_config(adapter_dropout=0.5))
+        torch.manual_seed(noise)
+        before = torch.get_rng_state()
+        losses.append([tuner.step(number, 5e-2) for number in (0, 1, 2)])
+        assert torch.equal(torch.get_rng_state(), before)
+        assert not any(layer.training for layer in tuner._adapted.layers.values())
+    assert losses[0] == losses[1]
+    plain = make_tuner(tiny_config())
+    assert [plain.step(number, 5e-2) for number in (0, 1, 2)] != losses[0]
+
+
+def test_surviving_slices_keep_their_moments_and_woken_ones_begin_without(tiny_config: ConfigMaker) -> None:
+    tuner = make_tuner(tiny_config(rank=2, max_rank=4))
+    layers = tuner._adapted.layers
+    for number in range(3):
+        tuner.step(number, 1e-2)
+    before = {name: tuner._adamw.state[layer.lora_A]["exp_avg"].clone() for name, layer in layers.items()}
+    tuner.set_ranks(dict.fromkeys(layers, 4))
+    for name, layer in layers.items():
+        now = tuner._adamw.state[layer.lora_A]["exp_avg"]
+        assert torch.equal(now, before[name])
+        assert bool((now[:2] != 0).any())
+        assert bool((now[2:] == 0).all())
+
+
+def test_an_optimizer_that_forgot_steps_like_a_new_one(tiny_config: ConfigMaker) -> None:
+    tuner = make_tuner(tiny_config())
+    for number in range(3):
+        tuner.step(number, 1e-2)
+    tuner.forget_moments()
+    saved = {name: tensor.clone() for name, tensor in tuner.tensors().items()}
+    assert {name.partition(":")[0] for name in saved} == {"A", "B"}
+    other = make_tuner(tiny_config())
+    other.restore(saved, 0)
+    assert [tuner.step(number, 1e-2) for number in range(3, 6)] == [other.step(number, 1e-2) for number in range(3, 6)]
+
+
+@pytest.mark.parametrize("changes", [{"kl_weight": 1.0}, {"squarehead_weight": 1.0}])
+def test_distillation_settings_reach_the_loss(tiny_config: ConfigMaker, changes: dict[str, float]) -> None:
+    assert make_tuner(tiny_config(**changes)).step(0, 0.0) > make_tuner(tiny_config()).step(0, 0.0)

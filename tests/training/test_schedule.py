@@ -75,3 +75,20 @@ def test_a_round_without_steps_is_at_its_end() -> None:
 def test_at_least_one_step_fits_into_any_time() -> None:
     assert steps_in(10.0, 3.0) == 3
     assert steps_in(0.0, 3.0) == 1
+
+
+def test_a_round_of_its_own_rises_to_the_peak_and_falls_to_zero_in_straight_lines() -> None:
+    plan = RoundPlan.of_its_own(10, 0.3)
+    factors = [plan.rate_factor(step) for step in range(11)]
+    # 1e-12: a few float64 operations
+    assert factors[:3] == pytest.approx([0.25, 0.5, 0.75], abs=1e-12)
+    assert factors[3:] == pytest.approx([1 - step / 7 for step in range(8)], abs=1e-12)
+    assert RoundPlan.of_its_own(1, 0.3).rate_factor(0) == pytest.approx(0.5)
+
+
+def test_a_round_of_its_own_can_be_corrected_without_a_jump() -> None:
+    plan = RoundPlan.of_its_own(100, 0.3)
+    longer = plan.corrected(50, 150)
+    assert longer.rate_factor(50) == plan.rate_factor(50)
+    assert longer.rate_factor(150) == 0.0
+    assert all(longer.rate_factor(step) >= longer.rate_factor(step + 1) for step in range(50, 150))
