@@ -326,6 +326,8 @@ class _Session:
             if state.seconds_per_step is not None:
                 fitting = steps_in(allotted, state.seconds_per_step)
             steps = min(steps, fitting)
+        if config.learning_rate_schedule == "per_round":
+            return RoundPlan.of_its_own(steps, config.warmup_fraction), allotted
         return RoundPlan.of_round(self.spans[index], steps, config.warmup_fraction), allotted
 
     def _tune(self, stop: StopRequest) -> None:
@@ -371,7 +373,7 @@ class _Session:
             state.plan = state.plan.corrected(state.step, fitting)
 
     def _show(self, progress: Progress, loss: float, seconds: float, timed: bool) -> None:
-        tokens = self.config.batch_size * self.config.window
+        tokens = self.tuner.tokens(self.state.total_steps - 1)
         fields = {"loss": f"{loss:.3f}", "tokens/s": f"{tokens / max(seconds, 1e-9):.0f}"}
         left = self._seconds_left()
         if left is not None:
@@ -401,6 +403,8 @@ class _Session:
         else:
             state.round_number += 1
             state.phase = "prune"
+            if config.learning_rate_schedule == "per_round":
+                self.tuner.forget_moments()
             self.save()
         if self.writes:
             write_journal(config.output, state.records)
@@ -419,7 +423,7 @@ class _Session:
             block_fits=tuple(state.block_fits),
             sparsity={name: 1.0 - float(layer.mask.mean(dtype=torch.float64)) for name, layer in masks},
             steps=state.step,
-            tokens=state.step * config.batch_size * config.window,
+            tokens=sum(self.tuner.tokens(state.total_steps - state.step + step) for step in range(state.step)),
             losses=tuple(state.losses),
             learning_rate_last=last,
             prune_seconds=state.prune_seconds,
@@ -447,7 +451,8 @@ class _Session:
         if not tensors:
             return
         try:
-            self.tuner.restore(tensors, self.state.total_steps)
+            anew = self.config.learning_rate_schedule == "per_round"
+            self.tuner.restore(tensors, self.state.step if anew else self.state.total_steps)
             for name, layer in self.adapted.layers.items():
                 packed = tensors[f"mask:{name}"].numpy()
                 bits = np.unpackbits(packed, count=layer.mask.numel(), bitorder="little").reshape(layer.mask.shape)
