@@ -176,6 +176,26 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--window", type=int, default=256, metavar="TOKENS", help="tokens in a window (default: %(default)s)"
     )
     text.add_argument("--calibration-windows", type=int, default=16, metavar="N", help="default: %(default)s")
+    pruning = parser.add_argument_group("pruning")
+    pruning.add_argument(
+        "--criterion",
+        choices=("wanda", "magnitude", "sparsegpt", "alps"),
+        default="wanda",
+        help="which weights go; sparsegpt and alps also change those that stay (default: %(default)s)",
+    )
+    pruning.add_argument(
+        "--pattern",
+        default=None,
+        metavar="N:M",
+        help="keep N of each M columns, such as 2:4; 'mixed:8' lets each block have its own N (default: no pattern)",
+    )
+    pruning.add_argument(
+        "--damping",
+        type=float,
+        default=0.01,
+        metavar="D",
+        help="of sparsegpt and alps, part of the mean diagonal (default: %(default)s)",
+    )
     tuning = parser.add_argument_group("tuning")
     tuning.add_argument(
         "--rounds", type=int, default=5, metavar="T", help="prune-then-tune rounds (default: %(default)s)"
@@ -228,6 +248,9 @@ def _train(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         window=arguments.window,
         calibration_windows=arguments.calibration_windows,
+        criterion=arguments.criterion,
+        pattern=arguments.pattern,
+        damping=arguments.damping,
         dtype=arguments.dtype,
         device=arguments.device,
         seed=arguments.seed,

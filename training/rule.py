@@ -11,12 +11,11 @@ from torch import nn
 
 from losa_export.errors import ConfigError
 from losa_export.training.adapter import MaskedLoRALinear
-from losa_export.training.allocation import FloatVector
 from losa_export.training.calibration import BlockBatch, input_grams, input_square_sums
 from losa_export.training.config import TrainConfig
 from losa_export.training.criteria import CRITERIA, InputStatistics
 from losa_export.training.model import AdaptedModel
-from losa_export.training.pattern import Pattern
+from losa_export.training.pattern import FloatVector, Pattern
 from losa_export.training.scores import Amount
 
 
