@@ -50,7 +50,8 @@ class TrainConfig:
     Attributes:
         model: Hugging Face checkpoint folder of the dense model.
         output: run folder to make.
-        tuning_text: text files to fine-tune on (.txt and its like, or .jsonl with a field "text").
+        tuning_text: files to fine-tune on: plain text, or rows of text, instructions or conversations (see
+            `losa_export.text.read_documents`).
         calibration_text: text files for the activation statistics; empty means the tuning text.
         sparsity_fraction: zeros among the block linears at the end, strictly between 0 and 1.
         rounds: T, the number of prune-then-tune rounds.
@@ -61,7 +62,7 @@ class TrainConfig:
         rank: active rank r of every adapter.
         max_rank: rows of A and columns of B that are allocated, so that ranks can vary between rounds.
         scaling: s in W + s·BA, the same for every block and round.
-        learning_rate: peak of the one cosine schedule that spans all rounds.
+        learning_rate: peak of the schedule.
         weight_decay: decoupled decay of the active rank slices.
         gradient_clip: largest gradient norm over all adapters; 0 never clips.
         warmup_fraction: part of each round in which the rate rises again from zero.
@@ -317,17 +318,23 @@ def from_table(table: Mapping[str, Any], where: Path) -> TrainConfig:
         where: the file, for messages.
     Raises: ConfigError for an unknown or missing field, a value of the wrong type, or one out of range.
     """
-    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    unknown = sorted(set(table) - set(fields))
-    if unknown:
-        raise ConfigError(f"'{where}' has the unknown field '{unknown[0]}' in [train]; take it out", field=unknown[0])
-    values: dict[str, Any] = {}
-    for name, value in table.items():
-        values[name] = _typed(name, str(fields[name].type), value, where)
+    values = typed_fields(table, where)
     for name in ("model", "output", "tuning_text"):
         if name not in values:
             raise ConfigError(f"'{where}' lacks the field '{name}' in [train]; add it", field=name)
     return TrainConfig(**values)
+
+
+def typed_fields(table: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Some fields of a configuration from TOML values, each of its type; ranges are not looked at.
+
+    Raises: ConfigError for an unknown field or a value of the wrong type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    unknown = sorted(set(table) - set(fields))
+    if unknown:
+        raise ConfigError(f"'{where}' has the unknown field '{unknown[0]}' in [train]; take it out", field=unknown[0])
+    return {name: _typed(name, str(fields[name].type), value, where) for name, value in table.items()}
 
 
 def _typed(name: str, annotation: str, value: Any, where: Path) -> Any:
