@@ -171,7 +171,7 @@ class TrainConfig:
     pattern: str | None = None
     damping: float = 0.01
     reconstruct_epochs: int = 0
-    reconstruct_learning_rate: float = 0.01
+    reconstruct_learning_rate: float = 0.03
     reconstruct_target: ReconstructTarget = "accumulated"
     reconstruct_rounds: ReconstructRounds = "last"
     save_every_seconds: float = 60.0

@@ -40,7 +40,7 @@ class ReconstructSettings:
     """
 
     epochs: int
-    learning_rate: float = 0.01
+    learning_rate: float = 0.03
     target: ErrorKind = "accumulated"
 
 
