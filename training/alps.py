@@ -26,7 +26,8 @@ def alps(weight: Tensor, gram: Gram, amount: Amount, kept_before: Tensor, dampin
     penalty until the zeros stay where they are; conjugate gradients then fit the kept weights. Inputs are
     scaled to equal energy first. One eigendecomposition of the Gram matrix serves all iterations, and all
     linears that read the same input. Weights of all rows compete with each other; a pattern compares within its
-    groups. What was pruned stays pruned.
+    groups. What was pruned stays pruned. Weights of inputs that were never active go first; those that stay are left
+    as they are.
 
     Args:
         weight: (out, in) effective weight Ŵ, zero where pruned; computed in float32, or float64 if it is that.
@@ -41,7 +42,8 @@ def alps(weight: Tensor, gram: Gram, amount: Amount, kept_before: Tensor, dampin
     precise = weight.dtype if weight.dtype == torch.float64 else torch.float32
     scale, values, vectors = (part.to(precise) for part in gram.normalised(damping))
     moments = (vectors * values) @ vectors.T
-    dense = weight.to(precise) * scale
+    # What an input that was never active is multiplied by makes no difference, so it is the first to go.
+    dense = (weight.to(precise) * scale).masked_fill(gram.dead, 0.0)
     pulled = dense @ moments
     kept = amount.select(dense.square(), kept_before, jointly=True)
     sparse, dual = dense * kept, torch.zeros_like(dense)
@@ -59,7 +61,8 @@ def alps(weight: Tensor, gram: Gram, amount: Amount, kept_before: Tensor, dampin
                 break
             penalty *= next(growth for least, growth in _GROWTH if moved > least)
             solve, checked = _shifted_inverse(values, vectors, penalty), kept
-    return kept, refine(sparse, dense, moments, kept).div_(scale)
+    fitted = refine(sparse, dense, moments, kept).div_(scale)
+    return kept, torch.where(kept & gram.dead, weight.to(precise), fitted)
 
 
 def refine(start: Tensor, dense: Tensor, moments: Tensor, kept: Tensor, iterations: int = _REFINEMENTS) -> Tensor:

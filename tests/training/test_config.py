@@ -41,6 +41,9 @@ GOOD = TrainConfig(model=Path("model"), output=Path("run"), tuning_text=(Path("a
         ("device", "tpu", "auto, cpu, cuda"),
         ("sparsity_allocator", "rmi", "uniform"),
         ("rank_allocator", "error", "uniform"),
+        ("criterion", "obs", "choose one of wanda, magnitude, sparsegpt, alps"),
+        ("damping", -0.1, "0 or a positive finite number"),
+        ("pattern", "4:2", "write N:M with 0 < N < M"),
     ],
 )
 def test_a_field_out_of_range_is_an_error_that_names_it(field: str, value: object, mend: str) -> None:
@@ -55,6 +58,9 @@ def test_a_config_survives_toml_unchanged(tmp_path: Path) -> None:
         GOOD,
         model=Path('we"ird\\name\nü\x7f'),
         calibration_text=(Path("b.jsonl"), Path("c.txt")),
+        criterion="alps",
+        pattern="mixed:8",
+        damping=0.1,
         steps=12,
         time_budget_seconds=1e-7,
         overwrite=True,
@@ -100,3 +106,8 @@ def test_a_folder_that_is_no_run_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("[other]\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"has no table \[train\]"):
         read_run_config(tmp_path)
+
+
+def test_a_pattern_that_the_sparsity_contradicts_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"pattern 2:8 keeps 2 of 8; set sparsity_fraction to 0\.75"):
+        dataclasses.replace(GOOD, sparsity_fraction=0.5, pattern="2:8")
