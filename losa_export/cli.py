@@ -13,8 +13,12 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from losa_export.errors import LosaError
+
+if TYPE_CHECKING:
+    from losa_export.training.config import TrainConfig
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -150,112 +154,213 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
+    # Options are named after the fields they set and have no default here: what the user leaves out comes from the
+    # preset or config file, and else from TrainConfig.
+    parser.epilog = (
+        "An option given here wins over the preset or config file. Every other setting, and what each means: "
+        "losa_export.training.config.TrainConfig; a run's config.toml is a config file with all of them."
+    )
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or hub id")
-    parser.add_argument(
-        "--sparsity", type=_fraction, required=True, metavar="S", help="zeros at the end, e.g. 0.5 or 50%%"
-    )
+    _add_setting(parser, "--sparsity", "sparsity_fraction", _fraction, "S", "zeros at the end, e.g. 0.5 or 50%%")
     _add_output(parser, None)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="'recommended': the method with what later work found better; 'faithful': as it was released"
+        " (default: neither; uniform sparsity and rank, cross-entropy alone)",
+    )
+    source.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings of your own, under [train] in a TOML file"
+    )
     text = parser.add_argument_group("text")
-    text.add_argument(
+    _add_setting(
+        text,
         "--text",
-        type=Path,
+        "tuning_text",
+        Path,
+        "FILE",
+        "tune on these: plain text, or .jsonl or .json with text, instructions or messages"
+        " (default: embedded Wikipedia paragraphs)",
         nargs="+",
-        default=(),
-        metavar="FILE",
-        help="tune on these .txt or .jsonl files (default: embedded Wikipedia paragraphs)",
     )
-    text.add_argument(
+    _add_setting(
+        text,
         "--calibration",
-        type=Path,
+        "calibration_text",
+        Path,
+        "FILE",
+        "activation statistics from these (default: the tuning text)",
         nargs="+",
-        default=(),
-        metavar="FILE",
-        help="activation statistics from these files (default: the tuning text)",
     )
-    text.add_argument(
-        "--window", type=int, default=256, metavar="TOKENS", help="tokens in a window (default: %(default)s)"
+    _add_setting(text, "--window", "window", int, "TOKENS", "tokens in a window (default: 256)")
+    _add_setting(text, "--calibration-windows", "calibration_windows", int, "N", "default: 16")
+    _add_setting(
+        text, "--calibration-window", "calibration_window", int, "TOKENS", "tokens in one of them (default: --window)"
     )
-    text.add_argument("--calibration-windows", type=int, default=16, metavar="N", help="default: %(default)s")
+    _add_switch(
+        text, "--packing", "packing", "windows cut from the joined texts, or one padded document each (default: packed)"
+    )
+    _add_switch(text, "--bos", "add_bos", "begin each document with the model's token for that (default: no)")
+    _add_switch(text, "--eos", "add_eos", "end each document with the model's token for that (default: yes)")
     pruning = parser.add_argument_group("pruning")
-    pruning.add_argument(
+    _add_setting(pruning, "--rounds", "rounds", int, "T", "prune-then-tune rounds (default: 5)")
+    _add_setting(
+        pruning,
         "--criterion",
-        choices=("wanda", "magnitude", "sparsegpt", "alps"),
-        default="wanda",
-        help="which weights go; sparsegpt and alps also change those that stay (default: %(default)s)",
+        "criterion",
+        str,
+        "NAME",
+        "which weights go: wanda, magnitude, or sparsegpt or alps, which also change those that stay (default: wanda)",
     )
-    pruning.add_argument(
+    _add_setting(
+        pruning,
         "--pattern",
-        default=None,
-        metavar="N:M",
-        help="keep N of each M columns, such as 2:4; 'mixed:8' lets each block have its own N (default: no pattern)",
+        "pattern",
+        str,
+        "N:M",
+        "keep N of each M columns, such as 2:4; 'mixed:8' lets each block have its own N (default: no pattern)",
     )
-    pruning.add_argument(
-        "--damping",
-        type=float,
-        default=0.01,
-        metavar="D",
-        help="of sparsegpt and alps, part of the mean diagonal (default: %(default)s)",
+    _add_setting(
+        pruning, "--damping", "damping", float, "D", "of sparsegpt and alps, part of the mean diagonal (default: 0.01)"
+    )
+    _add_setting(
+        pruning,
+        "--sparsity-allocator",
+        "sparsity_allocator",
+        str,
+        "NAME",
+        "how sparsity is shared out among blocks: uniform, lp, linear, owl, atp or fixed (default: uniform)",
+    )
+    _add_setting(
+        pruning,
+        "--reconstruct-epochs",
+        "reconstruct_epochs",
+        int,
+        "N",
+        "passes in which a pruned block is fitted to the dense one's answers (default: 0)",
     )
     tuning = parser.add_argument_group("tuning")
-    tuning.add_argument(
-        "--rounds", type=int, default=5, metavar="T", help="prune-then-tune rounds (default: %(default)s)"
-    )
-    tuning.add_argument(
+    _add_setting(
+        tuning,
         "--steps",
-        type=int,
-        default=None,
-        metavar="N",
-        help="optimizer steps in all; 0 prunes only (default: one pass over the text, or what fits into --time-budget)",
+        "steps",
+        int,
+        "N",
+        "optimizer steps in all; 0 prunes only (default: one pass over the text, or what fits into --time-budget)",
     )
-    tuning.add_argument(
-        "--time-budget", type=_duration, default=None, metavar="TIME", help="such as 10m: stop in good order by then"
+    _add_setting(
+        tuning,
+        "--time-budget",
+        "time_budget_seconds",
+        _duration,
+        "TIME",
+        "such as 10m: stop in good order by then",
     )
-    tuning.add_argument(
-        "--batch-size", type=int, default=4, metavar="N", help="windows in a step (default: %(default)s)"
+    _add_setting(tuning, "--batch-size", "batch_size", int, "N", "windows in a step (default: 4)")
+    _add_setting(tuning, "--learning-rate", "learning_rate", float, "LR", "peak (default: 0.001)")
+    _add_setting(
+        tuning,
+        "--schedule",
+        "learning_rate_schedule",
+        str,
+        "NAME",
+        "cosine: one over all rounds; per_round: each rises and falls, its optimizer anew (default: cosine)",
     )
-    tuning.add_argument("--learning-rate", type=float, default=1e-3, metavar="LR", help="default: %(default)s")
-    tuning.add_argument("--rank", type=int, default=8, metavar="R", help="rank of the adapters (default: %(default)s)")
-    tuning.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the frozen weights; adapters are fp32"
+    _add_setting(tuning, "--rank", "rank", int, "R", "mean rank of the adapters (default: 8)")
+    _add_setting(tuning, "--max-rank", "max_rank", int, "R", "largest of a block (default: 16, or --rank if larger)")
+    _add_setting(
+        tuning,
+        "--rank-allocator",
+        "rank_allocator",
+        str,
+        "NAME",
+        "how rank is shared out among blocks: uniform, water_filling or proportional (default: uniform)",
     )
-    tuning.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    tuning.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    _add_setting(
+        tuning,
+        "--kl-weight",
+        "kl_weight",
+        float,
+        "W",
+        "how much the dense model's predictions count beside the text (default: 0.0)",
+    )
+    _add_setting(
+        tuning,
+        "--squarehead-weight",
+        "squarehead_weight",
+        float,
+        "W",
+        "how much its blocks' outputs count (default: 0.0)",
+    )
+    _add_setting(
+        tuning,
+        "--operator",
+        "operator",
+        str,
+        "NAME",
+        "exact gradients, or lors: a third less arithmetic without the mask in them (default: exact)",
+    )
+    _add_setting(tuning, "--dropout", "adapter_dropout", float, "P", "before the adapters (default: 0.0)")
+    _add_switch(
+        tuning,
+        "--gradient-checkpointing",
+        "gradient_checkpointing",
+        "compute blocks again instead of keeping their activations: less memory, a third slower (default: no)",
+    )
+    _add_setting(
+        tuning, "--dtype", "dtype", str, "TYPE", "fp32 or bf16 frozen weights; adapters are fp32 (default: fp32)"
+    )
+    _add_setting(tuning, "--device", "device", str, "NAME", "auto, cpu or cuda (default: auto)")
+    _add_setting(tuning, "--seed", "seed", int, "N", "default: 0")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     parser.set_defaults(command=_train)
 
 
-def _train(arguments: argparse.Namespace) -> int:
-    from losa_export.progress import duration
+_Options = argparse.ArgumentParser | argparse._ArgumentGroup
+
+
+def _add_setting(
+    parser: _Options, flag: str, field: str, kind: Callable[[str], Any], metavar: str, text: str, **more: Any
+) -> None:
+    parser.add_argument(flag, dest=field, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=text, **more)
+
+
+def _add_switch(parser: _Options, flag: str, field: str, text: str) -> None:
+    parser.add_argument(flag, dest=field, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+
+
+def _train_config(arguments: argparse.Namespace) -> TrainConfig:
+    """The configuration that `losa train` was asked for: options, over preset or config file, over defaults."""
+    import dataclasses
+
+    from losa_export.errors import ConfigError
     from losa_export.sources import default_text, resolve_model
     from losa_export.training.config import TrainConfig
+    from losa_export.training.settings import preset_file, read_settings
 
-    tuning_text, calibration_text = tuple(arguments.text), tuple(arguments.calibration)
-    if not tuning_text:
+    settings: dict[str, Any] = {}
+    if arguments.preset is not None or arguments.config is not None:
+        settings = read_settings(arguments.config or preset_file(arguments.preset))
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    settings |= {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    settings["model"] = resolve_model(arguments.model)
+    if "sparsity_fraction" not in settings:
+        raise ConfigError("sparsity_fraction is not given; add for example --sparsity 0.5", field="sparsity_fraction")
+    if not settings.get("tuning_text"):
         parts = default_text()
-        tuning_text, calibration_text = (parts.tuning,), calibration_text or (parts.calibration,)
-    config = TrainConfig(
-        model=resolve_model(arguments.model),
-        output=arguments.output,
-        tuning_text=tuning_text,
-        calibration_text=calibration_text,
-        sparsity_fraction=arguments.sparsity,
-        rounds=arguments.rounds,
-        steps=arguments.steps,
-        time_budget_seconds=arguments.time_budget,
-        rank=arguments.rank,
-        max_rank=max(16, arguments.rank),
-        learning_rate=arguments.learning_rate,
-        batch_size=arguments.batch_size,
-        window=arguments.window,
-        calibration_windows=arguments.calibration_windows,
-        criterion=arguments.criterion,
-        pattern=arguments.pattern,
-        damping=arguments.damping,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        seed=arguments.seed,
-        overwrite=arguments.overwrite,
-    )
+        settings["tuning_text"] = (parts.tuning,)
+        settings["calibration_text"] = settings.get("calibration_text") or (parts.calibration,)
+    if "max_rank" not in settings:
+        settings["max_rank"] = max(16, settings.get("rank", TrainConfig.rank))
+    return TrainConfig(**settings)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from losa_export.progress import duration
+
+    config = _train_config(arguments)
     from losa_export.training.train import train
 
     result = train(config, resume=arguments.resume)
