@@ -113,6 +113,7 @@ class TrainConfig:
         damping: of sparsegpt and alps: part of the mean diagonal of the inputs' second moments that is added to it.
         reconstruct_epochs: passes over the calibration windows in which a block that has been pruned is fitted to
             the dense block's answers; 0 leaves kept weights as they are.
+        reconstruct_least_squares: before that, or in its place, fit each linear alone, in closed form.
         reconstruct_learning_rate: peak rate of that fit, as a fraction of the size of a linear's kept weights.
         reconstruct_target: "accumulated" fits to the dense model's hidden states, "local" to what the dense block
             answers to the sparse model's.
@@ -171,6 +172,7 @@ class TrainConfig:
     pattern: str | None = None
     damping: float = 0.01
     reconstruct_epochs: int = 0
+    reconstruct_least_squares: bool = False
     reconstruct_learning_rate: float = 0.03
     reconstruct_target: ReconstructTarget = "accumulated"
     reconstruct_rounds: ReconstructRounds = "last"

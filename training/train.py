@@ -305,10 +305,14 @@ class _Session:
     def _reconstructor(self) -> Reconstructor | None:
         """What fits the blocks of this round's pruning, if it is to be done in this round."""
         config, number = self.config, self.state.round_number
-        if config.reconstruct_epochs == 0 or (config.reconstruct_rounds == "last" and number < config.rounds):
+        asked = config.reconstruct_epochs > 0 or config.reconstruct_least_squares
+        if not asked or (config.reconstruct_rounds == "last" and number < config.rounds):
             return None
         settings = ReconstructSettings(
-            config.reconstruct_epochs, config.reconstruct_learning_rate, config.reconstruct_target
+            config.reconstruct_epochs,
+            config.reconstruct_learning_rate,
+            config.reconstruct_target,
+            config.reconstruct_least_squares,
         )
         return Reconstructor(settings, (config.seed, number))
 
