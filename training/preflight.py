@@ -113,5 +113,11 @@ def _chat_renderer(config: TrainConfig) -> Callable[[Sequence[Message]], str] | 
 
 def one_shot_config(config: TrainConfig) -> TrainConfig:
     """The configuration that prunes once to the final sparsity, and tunes nothing."""
-    plain = {"reconstruct_epochs": 0, "reconstruct_least_squares": False}
-    return dataclasses.replace(config, rounds=1, steps=0, time_budget_seconds=None, **plain)
+    return dataclasses.replace(
+        config,
+        rounds=1,
+        steps=0,
+        time_budget_seconds=None,
+        reconstruct_epochs=0,
+        reconstruct_least_squares=False,
+    )
