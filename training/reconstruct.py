@@ -12,16 +12,21 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from losa_export.architecture import INPUT_OF
 from losa_export.training.adapter import MaskedLoRALinear
-from losa_export.training.calibration import BlockBatch, run_block
+from losa_export.training.alps import refine
+from losa_export.training.calibration import BlockBatch, input_grams, run_block
 from losa_export.training.reconstruction_error import ErrorKind
+
+# Conjugate gradients for a linear: the error hardly falls beyond.
+_LEAST_SQUARES_STEPS = 30
 
 # A target of nothing but zeros has no scale to divide by.
 _TINY = 1e-30
@@ -37,11 +42,16 @@ class ReconstructSettings:
             weights, so that one value suits models of any scale.
         target: what the fit aims at. "local": the dense block's answers to the inputs that the sparse model
             gives it. "accumulated": the hidden states of the dense model, which corrects earlier blocks' errors too.
+        least_squares: first bring each linear's answers, one after another, as near to those of the dense weight as its
+            zeros allow, both reading what the sparse model gives them. Costs a few passes, and no gradients.
+        damping: part of the Gram matrix's mean diagonal that is added to it there.
     """
 
     epochs: int
     learning_rate: float = 0.03
     target: ErrorKind = "accumulated"
+    least_squares: bool = False
+    damping: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -99,10 +109,10 @@ def reconstruct_block(
     settings: ReconstructSettings,
     seed: Sequence[int],
 ) -> Reconstruction:
-    """Fit a pruned block's kept weights to `targets` by Adam on the mean squared error, in place.
+    """Fit a pruned block's kept weights to `targets`, by least squares of each linear, Adam on the whole, or both.
 
     The effective weights (W + s·BA)⊙M move, in float32; W takes the difference where M keeps, and stays where it
-    prunes. Adapters stay. If the stored result were no better than the start, the start comes back.
+    prunes. Adapters stay. Where what is stored after either step is no better than before it, that comes back.
 
     Args:
         block: the decoder block.
@@ -116,14 +126,53 @@ def reconstruct_block(
     before, energy = _errors(block, index, layers, batches, targets)
     if before == 0.0:
         return Reconstruction(0.0, 0.0)
-    stored = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-    _descend(block, index, layers, batches, targets, settings, seed, len(batches) / before)
-    after, _ = _errors(block, index, layers, batches, targets)
-    if not after < before:
-        for name, layer in layers.items():
-            layer.set_weight(stored[name])
-        after = before
-    return Reconstruction(before / max(energy, _TINY), after / max(energy, _TINY))
+    steps: list[Callable[[], None]] = []
+    if settings.least_squares:
+        steps.append(lambda: _solve_linears(block, index, layers, batches, settings.damping))
+    if settings.epochs > 0:
+        steps.append(lambda: _descend(block, index, layers, batches, targets, settings, seed, len(batches) / before))
+    best = before
+    for step in steps:
+        stored = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+        step()
+        after, _ = _errors(block, index, layers, batches, targets)
+        if after < best:
+            best = after
+        else:
+            for name, layer in layers.items():
+                layer.set_weight(stored[name])
+    return Reconstruction(before / max(energy, _TINY), best / max(energy, _TINY))
+
+
+@torch.no_grad()
+def _solve_linears(
+    block: nn.Module,
+    index: int,
+    layers: Mapping[str, MaskedLoRALinear],
+    batches: Sequence[BlockBatch],
+    damping: float,
+) -> None:
+    """Least squares for each linear alone, in the order in which a token meets them, on what those before leave."""
+    prefix = f"model.layers.{index}."
+    for source in dict.fromkeys(INPUT_OF.values()):
+        group = {
+            name: layer
+            for name, layer in layers.items()
+            if INPUT_OF[name.removeprefix(prefix).removesuffix(".weight")] == source
+        }
+        with contextlib.ExitStack() as stack:
+            for layer in layers.values():
+                stack.enter_context(layer.folded())
+            gram = next(iter(input_grams(block, index, group, batches).values()))
+        moments = gram.damped(damping).float()
+        # With equal diagonals the conjugate gradients need no preconditioner.
+        scale = moments.diagonal().sqrt()
+        moments /= torch.outer(scale, scale)
+        for layer in group.values():
+            start = layer.merged()
+            dense = layer.dense_weight.float()
+            fitted = refine(start * scale, dense * scale, moments, layer.kept, _LEAST_SQUARES_STEPS).div_(scale)
+            layer.set_weight(layer.weight.float() + (fitted - start))
 
 
 def _descend(
