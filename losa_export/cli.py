@@ -461,7 +461,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         help="round int8 and int4 values for the least error on these .txt or .jsonl files; needs torch, and minutes",
     )
     parser.add_argument(
-        "--calibration-windows", type=int, default=64, metavar="N", help="of 512 tokens (default: %(default)s)"
+        "--calibration-windows", type=int, default=32, metavar="N", help="of 512 tokens (default: %(default)s)"
     )
     parser.add_argument(
         "--no-gate", dest="gate", action="store_false", help="do not compare the answers with the source's"

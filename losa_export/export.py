@@ -71,7 +71,7 @@ class ExportConfig:
     group: int = 128
     activations: ActivationsChoice = "int16"
     calibration: tuple[Path, ...] = ()
-    calibration_windows: int = 64
+    calibration_windows: int = 32
     gate: bool = True
     overwrite: bool = False
     progress: bool = True
