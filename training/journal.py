@@ -33,6 +33,12 @@ class RoundRecord:
         prune_seconds: calibration and pruning, wall time.
         tune_seconds: optimizer steps, wall time.
         peak_memory_bytes: largest resident size of the process so far, or on a GPU its largest allocation.
+        mean_rank: rank asked for, on average over blocks.
+        block_ranks_asked: share of rank of each block before bounds and rounding.
+        block_errors: reconstruction error of each block after pruning; empty if it was not measured.
+        block_outliers: share of each block's scores that are outliers; empty if it was not measured.
+        rmi_row_sums: mutual information of each block with all others; empty if it was not measured.
+        measure_seconds: the part of `prune_seconds` that measuring for the sparsity allocator took.
     """
 
     round_number: int
@@ -49,6 +55,12 @@ class RoundRecord:
     tune_seconds: float
     peak_memory_bytes: int
     block_fits: tuple[tuple[float, float], ...] = ()
+    mean_rank: float = 0.0
+    block_ranks_asked: tuple[float, ...] = ()
+    block_errors: tuple[float, ...] = ()
+    block_outliers: tuple[float, ...] = ()
+    rmi_row_sums: tuple[float, ...] = ()
+    measure_seconds: float = 0.0
 
     @property
     def loss_first(self) -> float | None:
@@ -69,8 +81,7 @@ class RoundRecord:
     def from_json(cls, values: Mapping[str, Any]) -> RoundRecord:
         """The inverse of `to_json`."""
         fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
-        for name in ("block_targets", "block_ranks", "losses"):
-            fields[name] = tuple(fields[name])
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
         fields["block_fits"] = tuple((before, after) for before, after in fields["block_fits"])
         return cls(**fields)
 

@@ -15,14 +15,15 @@ from losa_export.training.adapter import MaskedLoRALinear
 from losa_export.training.config import TrainConfig
 from losa_export.training.loss import CausalLoss, Objective
 from losa_export.training.model import AdaptedModel
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
+from losa_export.training.rank import MOMENTS, resize
 
 # Examples of like length are put together within so many batches, which the shuffle has brought together.
 _BATCHES_SORTED = 50
 # Under padding nothing is learnt and nothing read, so any token that has an embedding will do.
 _PADDING = 0
+
+
+Windows = NDArray[np.int64] | Sequence[NDArray[np.int64]]
 
 
 class TuningData:
@@ -36,7 +37,7 @@ class TuningData:
         seed: of the shuffles, a new one for every pass over the windows.
     """
 
-    def __init__(self, windows: Sequence[NDArray[np.int64]], batch_size: int, seed: int) -> None:
+    def __init__(self, windows: Windows, batch_size: int, seed: int) -> None:
         self._windows = windows
         self._batch_size = batch_size
         self._seed = seed
@@ -165,10 +166,15 @@ class Tuner:
         """
         for name, layer in self._adapted.layers.items():
             layer.set_rank(ranks[name])
-            for moment in _MOMENTS:
+            for moment in MOMENTS:
                 if moment in self._adamw.state[layer.lora_A]:
                     self._adamw.state[layer.lora_A][moment][layer.rank :].zero_()
                     self._adamw.state[layer.lora_B][moment][:, layer.rank :].zero_()
+
+    def resize(self, ranks: Mapping[str, int]) -> None:
+        """Give each layer another rank, as `rank.resize` does: little or nothing of what was learnt is lost."""
+        for name, layer in self._adapted.layers.items():
+            resize(layer, ranks[name], self._adamw.state)
 
     def tensors(self) -> dict[str, Tensor]:
         """Adapters and optimizer moments, by name, for saving."""
@@ -176,9 +182,9 @@ class Tuner:
         for name, layer in self._adapted.layers.items():
             for side, parameter in (("A", layer.lora_A), ("B", layer.lora_B)):
                 saved[f"{side}:{name}"] = parameter.detach()
-                for moment in _MOMENTS:
-                    if moment in self._adamw.state[parameter]:
-                        saved[f"{moment}:{side}:{name}"] = self._adamw.state[parameter][moment]
+                for kept in (*MOMENTS, "step"):
+                    if kept in self._adamw.state[parameter]:
+                        saved[f"{kept}:{side}:{name}"] = self._adamw.state[parameter][kept]
         return saved
 
     def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
@@ -190,8 +196,8 @@ class Tuner:
                 key = f"{side}:{name}"
                 if steps > 0:
                     self._adamw.state[parameter] = {
-                        "step": torch.tensor(float(steps), dtype=torch.float32),
-                        **{m: tensors[f"{m}:{key}"].to(parameter.device).clone() for m in _MOMENTS},
+                        "step": tensors[f"step:{key}"].clone(),
+                        **{m: tensors[f"{m}:{key}"].to(parameter.device).clone() for m in MOMENTS},
                     }
 
 

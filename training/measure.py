@@ -29,6 +29,11 @@ class Measurements:
     rmi: FloatVector | None = None
     outliers: FloatVector | None = None
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was asked for."""
+        return self.rmi is None and self.outliers is None
+
 
 def measure_blocks(
     adapted: AdaptedModel,

@@ -52,6 +52,12 @@ def check_inputs(config: TrainConfig) -> TrainInputs:
     checkpoint = open_checkpoint(config.model)
     spec = DecoderSpec.from_config(checkpoint.config, config.model / CONFIG_FILE)
     check_tensors(checkpoint, spec)
+    if config.block_sparsities and len(config.block_sparsities) != spec.num_layers:
+        raise ConfigError(
+            f"block_sparsities has {len(config.block_sparsities)} values, but the model has {spec.num_layers} blocks; "
+            "give one for each",
+            field="block_sparsities",
+        )
     for field in ("window", "calibration_window"):
         value = getattr(config, field)
         if value is not None and value > spec.max_positions:

@@ -42,8 +42,13 @@ class RunState:
         block_targets: sparsity targets of the last pruning; empty before the first.
         block_ranks: active ranks; empty before the first round's allocation.
         block_fits: this round's errors of each block before and after reconstruction; empty without.
+        block_ranks_asked: this round's shares of rank before bounds and rounding.
+        block_errors: this round's reconstruction error of each block; empty if it was not measured.
+        block_outliers: this round's share of outliers of each block; empty if it was not measured.
+        rmi: this round's mutual information between blocks, a list for each; empty if it was not measured.
         losses: losses of this round's steps.
         elapsed_seconds: working time of the whole run, over all its sessions.
+        measure_seconds: this round's time for measuring what the sparsity allocator asks; part of `prune_seconds`.
         prune_seconds: this round's pruning time.
         tune_seconds: this round's tuning time so far.
         allotted_seconds: this round's share of the time budget; None without one.
@@ -59,8 +64,13 @@ class RunState:
     block_targets: list[float] = field(default_factory=list)
     block_ranks: list[int] = field(default_factory=list)
     block_fits: list[tuple[float, float]] = field(default_factory=list)
+    block_ranks_asked: list[float] = field(default_factory=list)
+    block_errors: list[float] = field(default_factory=list)
+    block_outliers: list[float] = field(default_factory=list)
+    rmi: list[list[float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     elapsed_seconds: float = 0.0
+    measure_seconds: float = 0.0
     prune_seconds: float = 0.0
     tune_seconds: float = 0.0
     allotted_seconds: float | None = None

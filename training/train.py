@@ -20,10 +20,20 @@ from losa_export.errors import ConfigError, StateError
 from losa_export.files import check_output, disk_errors, write_text_atomic
 from losa_export.progress import Progress, duration
 from losa_export.training import base_weights
-from losa_export.training.allocation import RankInputs, SparsityInputs, allocate_ranks, allocate_sparsity
+from losa_export.training.allocation import (
+    NEED_ERRORS,
+    NEED_OUTLIERS,
+    NEED_RMI,
+    RankInputs,
+    SparsityInputs,
+    allocate_ranks,
+    allocate_sparsity,
+    ask_ranks,
+)
 from losa_export.training.config import CONFIG_FILE, TrainConfig, to_table, write_toml
 from losa_export.training.journal import JOURNAL_FILE, RoundRecord, write_journal
 from losa_export.training.loop import Tuner, TuningData
+from losa_export.training.measure import Measurements, measure_blocks
 from losa_export.training.model import AdaptedModel, choose_compute, choose_device, load_adapted_model
 from losa_export.training.outputs import ADAPTER_FOLDER, MASKS_FILE, write_outputs
 from losa_export.training.preflight import TrainInputs, check_inputs, one_shot_config
@@ -38,6 +48,7 @@ from losa_export.training.schedule import (
     split_steps,
     steps_in,
 )
+from losa_export.training.sparsity_allocators import redundancy
 from losa_export.training.state import (
     STATE_FOLDER,
     RunState,
@@ -260,10 +271,25 @@ class _Session:
         target = sparsity_at(config.sparsity_fraction, state.round_number, config.rounds)
         counts = self.adapted.parameter_counts()
         previous = np.array(state.block_targets or [0.0] * counts.size, dtype=np.float64)
+        self.tick()
+        measured = self._measure(stop)
+        passed = self.tick()
+        state.measure_seconds = 0.0 if measured.empty else passed
         targets = allocate_sparsity(
             config.sparsity_allocator,
             target,
-            SparsityInputs(state.round_number, config.rounds, counts, previous),
+            SparsityInputs(
+                state.round_number,
+                config.rounds,
+                counts,
+                previous,
+                rmi=measured.rmi,
+                outliers=measured.outliers,
+                half_width=config.sparsity_band,
+                owl_spread=config.owl_spread,
+                atp_difference=config.atp_difference,
+                block_sparsities=np.array(config.block_sparsities) if config.block_sparsities else None,
+            ),
         )
         reconstructor = self._reconstructor()
         stop.check()
@@ -278,29 +304,59 @@ class _Session:
                     progress.advance(error=str(reconstructor.results[block]))
                 stop.check()
 
-            prune_blocks(
+            errors = prune_blocks(
                 self.adapted,
                 torch.from_numpy(self.inputs.calibration),
                 targets,
                 batch_size=config.batch_size,
                 rule=PruneRule.of(config),
+                errors=config.error_kind if config.rank_allocator in NEED_ERRORS else None,
                 on_block=on_block,
                 reconstructor=reconstructor,
             )
         ranks_before = np.array(state.block_ranks or [config.rank] * counts.size, dtype=np.int64)
-        ranks = allocate_ranks(
-            config.rank_allocator,
-            float(config.rank),
-            RankInputs(state.round_number, config.rounds, 1, config.max_rank, ranks_before),
-        )
+        mean_rank = config.mean_rank(state.round_number)
+        rank_inputs = RankInputs(state.round_number, config.rounds, 1, config.max_rank, ranks_before, errors)
+        ranks = allocate_ranks(config.rank_allocator, mean_rank, rank_inputs)
         state.block_targets, state.block_ranks = targets.tolist(), ranks.tolist()
+        state.block_ranks_asked = ask_ranks(mean_rank, rank_inputs).tolist()
+        state.block_errors = [] if errors is None else errors.tolist()
+        state.block_outliers = [] if measured.outliers is None else measured.outliers.tolist()
+        state.rmi = [] if measured.rmi is None else measured.rmi.tolist()
         fits = reconstructor.results if reconstructor is not None else []
         state.block_fits = [(fit.error_before, fit.error_after) for fit in fits]
-        self._apply_ranks()
-        state.prune_seconds = self.tick()
+        self.tuner.resize(self._layer_ranks())
+        state.prune_seconds = state.measure_seconds + self.tick()
         state.plan, state.allotted_seconds = self._plan_round()
         state.phase = "tune"
         self.save()
+
+    def _measure(self, stop: StopRequest) -> Measurements:
+        """What the sparsity allocator wants to know of the model as the last round left it."""
+        state, config = self.state, self.config
+        blocks = len(self.adapted.blocks)
+        rmi = config.sparsity_allocator in NEED_RMI and blocks > 1
+        outliers = config.sparsity_allocator in NEED_OUTLIERS
+        if not rmi and not outliers:
+            return Measurements()
+        windows = torch.from_numpy(self.inputs.calibration)
+        title = f"round {state.round_number}/{config.rounds}, measuring"
+        with Progress(title, blocks, "blocks", enabled=self.shows) as progress:
+
+            def on_block(_: int) -> None:
+                progress.advance()
+                stop.check()
+
+            return measure_blocks(
+                self.adapted,
+                windows[: config.windows_for_rmi] if rmi else windows,
+                batch_size=config.batch_size,
+                rmi=rmi,
+                debiased=config.rmi_debiased,
+                normalise=config.rmi_normalise,
+                outlier_factor=config.owl_outlier_factor if outliers else None,
+                on_block=on_block,
+            )
 
     def _reconstructor(self) -> Reconstructor | None:
         """What fits the blocks of this round's pruning, if it is to be done in this round."""
@@ -400,7 +456,7 @@ class _Session:
         if state.step > 0:
             state.seconds_per_step = state.tune_seconds / state.step
         state.step, state.losses, state.plan = 0, [], None
-        state.tune_seconds = state.prune_seconds = 0.0
+        state.tune_seconds = state.prune_seconds = state.measure_seconds = 0.0
         if state.round_number == config.rounds:
             # Not saved yet: a crash from here on repeats the end of the round and the writing of the outputs.
             state.phase = "complete"
@@ -425,6 +481,12 @@ class _Session:
             block_targets=tuple(state.block_targets),
             block_ranks=tuple(state.block_ranks),
             block_fits=tuple(state.block_fits),
+            mean_rank=config.mean_rank(state.round_number),
+            block_ranks_asked=tuple(state.block_ranks_asked),
+            block_errors=tuple(state.block_errors),
+            block_outliers=tuple(state.block_outliers),
+            rmi_row_sums=tuple(redundancy(np.array(state.rmi)).tolist()) if state.rmi else (),
+            measure_seconds=state.measure_seconds,
             sparsity={name: 1.0 - float(layer.mask.mean(dtype=torch.float64)) for name, layer in masks},
             steps=state.step,
             tokens=sum(self.tuner.tokens(state.total_steps - state.step + step) for step in range(state.step)),
@@ -473,13 +535,12 @@ class _Session:
 
     def _apply_ranks(self) -> None:
         if self.state.block_ranks:
-            self.tuner.set_ranks(
-                {
-                    name: self.state.block_ranks[block]
-                    for block in range(len(self.adapted.blocks))
-                    for name in self.adapted.layers_of(block)
-                }
-            )
+            self.tuner.set_ranks(self._layer_ranks())
+
+    def _layer_ranks(self) -> dict[str, int]:
+        return {
+            name: rank for block, rank in enumerate(self.state.block_ranks) for name in self.adapted.layers_of(block)
+        }
 
     def _mask_metadata(self) -> dict[str, str]:
         hashes = self.inputs.weight_hashes
