@@ -240,6 +240,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "N",
         "passes in which a pruned block is fitted to the dense one's answers (default: 0)",
     )
+    _add_switch(
+        pruning,
+        "--reconstruct-least-squares",
+        "reconstruct_least_squares",
+        "fit each pruned linear alone, in closed form, before that or in its place (default: no)",
+    )
     tuning = parser.add_argument_group("tuning")
     _add_setting(
         tuning,

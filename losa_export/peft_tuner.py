@@ -143,7 +143,8 @@ class MaskedLinear(Linear):  # type: ignore[misc]
     def effective_weight(self, adapter_name: str) -> Tensor:
         """(W + s·BA)⊙M of a masked adapter, (out, in) in the dtype of its factors; gradients reach A and B."""
         delta = self.get_delta_weight(adapter_name)
-        return (self._frozen(adapter_name).to(delta.dtype) + delta) * self.losa_masks[adapter_name]
+        effective: Tensor = (self._frozen(adapter_name).to(delta.dtype) + delta) * self.losa_masks[adapter_name]
+        return effective
 
     def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         """(…, in) to (…, out), in the dtype of `x`."""
