@@ -1,15 +1,24 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from losa_export.training.calibration import BlockBatch, capture_block_inputs, run_block
+from losa_export.checkpoint import open_checkpoint
+from losa_export.masks import load_masks
+from losa_export.merge import merge_run
+from losa_export.text import load_tokenizer, read_documents, token_windows
+from losa_export.training.calibration import BlockBatch, capture_block_inputs, input_grams, run_block
 from losa_export.training.config import TrainConfig
+from losa_export.training.journal import read_journal
 from losa_export.training.model import AdaptedModel, load_adapted_model
 from losa_export.training.prune import prune_blocks
 from losa_export.training.reconstruct import (
@@ -17,6 +26,7 @@ from losa_export.training.reconstruct import (
     ReconstructSettings,
     reconstruct_block,
 )
+from losa_export.training.train import StepRecord, one_shot, train
 
 ConfigMaker = Callable[..., TrainConfig]
 WINDOWS = torch.randint(4, 60, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -62,6 +72,41 @@ def test_the_fit_lowers_the_error_and_pruned_weights_stay_exactly_zero(tiny_conf
         assert not layer.weight.requires_grad
     after = dict(adapted.model.named_parameters())
     assert all(torch.equal(value, after[name]) for name, value in others.items())
+
+
+def test_least_squares_is_the_best_answer_of_each_row_on_its_kept_weights(tiny_config: ConfigMaker) -> None:
+    adapted = load_adapted_model(tiny_config(), "fp32")
+    stir(adapted)
+    batches, targets = pruned_block(adapted)
+    block, layers = adapted.blocks[0], adapted.layers_of(0)
+    kept = {name: layer.kept.clone() for name, layer in layers.items()}
+    gram = next(iter(input_grams(block, 0, {"first": next(iter(layers.values()))}, batches).values())).damped(0.01)
+    settings = ReconstructSettings(epochs=0, target="local", least_squares=True)
+    result = reconstruct_block(block, 0, layers, batches, targets, settings, (0,))
+    assert result.error_after < result.error_before
+    for name, layer in layers.items():
+        assert not layer.merged()[~kept[name]].any()
+    for layer in list(layers.values())[:3]:  # queries, keys and values read what enters the block
+        fitted, dense = layer.merged().double(), layer.dense_weight.double()
+        for row in range(0, layer.out_features, 7):
+            support = layer.kept[row]
+            exact = torch.linalg.solve(gram[support][:, support], gram[support] @ dense[row])
+            # 2e-3: conjugate gradients stop after as many steps as there are unknowns at most, in float32
+            torch.testing.assert_close(fitted[row, support], exact, rtol=2e-3, atol=2e-3)
+
+
+def test_least_squares_and_descent_go_together(tiny_config: ConfigMaker) -> None:
+    errors = []
+    for settings in (
+        ReconstructSettings(epochs=3),
+        ReconstructSettings(epochs=0, least_squares=True),
+        ReconstructSettings(epochs=3, least_squares=True),
+    ):
+        adapted = load_adapted_model(tiny_config(), "fp32")
+        batches, targets = pruned_block(adapted)
+        fit = reconstruct_block(adapted.blocks[0], 0, adapted.layers_of(0), batches, targets, settings, (0,))
+        errors.append(fit.error_after)
+    assert errors[2] < min(errors[:2])
 
 
 def test_the_fit_never_raises_the_error_even_at_a_rate_that_destroys(tiny_config: ConfigMaker) -> None:
@@ -119,3 +164,94 @@ def test_every_block_of_a_pass_is_fitted_on_what_the_fitted_ones_before_it_hand_
     with torch.no_grad():
         exact, one_shot, after = (model(input_ids=WINDOWS).logits for model in (dense, plain.model, fitted.model))
     assert (after - exact).square().sum() < 0.7 * (one_shot - exact).square().sum()
+
+
+def test_reconstruction_lowers_the_perplexity_of_one_shot_pruning(
+    stories260k: Path, shared_data: Path, tmp_path: Path
+) -> None:
+    texts = shared_data / "text" / "tinystories"
+    perplexities = {}
+    fits: dict[str, dict[str, Any]] = {
+        "one-shot": {},
+        "solved": {"reconstruct_least_squares": True},
+        "fitted": {"reconstruct_epochs": 4},
+    }
+    for name, fit in fits.items():
+        config = TrainConfig(
+            model=stories260k,
+            output=tmp_path / name,
+            tuning_text=(texts / "train.txt",),
+            sparsity_fraction=0.6,
+            rounds=1,
+            steps=0,
+            window=128,
+            calibration_windows=8,
+            device="cpu",
+            **fit,
+        )
+        train(config, show_progress=False)
+        merge_run(tmp_path / name, tmp_path / f"{name}-merged")
+        perplexities[name] = perplexity(tmp_path / f"{name}-merged", texts / "valid.txt")
+    assert perplexities["solved"] < 0.9 * perplexities["one-shot"]
+    assert perplexities["fitted"] < 0.6 * perplexities["one-shot"]
+
+
+def perplexity(folder: Path, text: Path) -> float:
+    """Of a checkpoint on 16 windows of a text that no calibration has seen."""
+    from transformers import AutoModelForCausalLM
+
+    windows = token_windows(read_documents([text]), load_tokenizer(folder), 128, 16, None, separator=2)
+    ids = torch.from_numpy(windows)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return float(model(input_ids=ids, labels=ids).loss.exp())
+
+
+def test_a_fitted_run_merges_with_its_zeros_and_nothing_else_changed(tiny_config: ConfigMaker, tmp_path: Path) -> None:
+    config = tiny_config(rounds=1, steps=0, reconstruct_epochs=3)
+    result = train(config, show_progress=False)
+    assert len(result.rounds[0].block_fits) == 2
+    assert all(after < before for before, after in result.rounds[0].block_fits)
+    assert read_journal(result.run) == list(result.rounds)
+    merge_run(result.run, tmp_path / "merged")
+    merged, masks = open_checkpoint(tmp_path / "merged"), load_masks(result.masks_file)
+    base = open_checkpoint(config.model)
+    for name in base.names():
+        weight = merged.read(name)
+        if name in masks:
+            keep = masks.read(name)
+            assert not weight[~keep].any()
+            assert (weight[keep] != base.read(name)[keep]).any()
+        else:
+            assert np.array_equal(weight, base.read(name))
+
+
+@pytest.mark.parametrize(("rounds", "fits"), [("last", [0, 0, 2]), ("every", [2, 2, 2])])
+def test_an_interrupted_run_fits_the_same_blocks_to_the_same_bits(
+    tiny_config: ConfigMaker, tmp_path: Path, rounds: str, fits: list[int]
+) -> None:
+    settings: dict[str, Any] = {"steps": 6, "reconstruct_epochs": 2, "reconstruct_rounds": rounds}
+    whole = train(tiny_config(output=tmp_path / "whole", **settings), show_progress=False)
+    assert [len(record.block_fits) for record in whole.rounds] == fits
+    config = tiny_config(**settings)
+
+    def interrupt(record: StepRecord) -> None:
+        if record.step == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    status = "interrupted"
+    sessions = 0
+    while status == "interrupted":
+        status = train(config, show_progress=False, resume=sessions > 0, on_step=interrupt).status
+        sessions += 1
+    assert sessions > 1
+    for name in ("weights.safetensors", "adapter/adapter_model.safetensors"):
+        assert (config.output / name).read_bytes() == (whole.run / name).read_bytes(), name
+    resumed_masks, whole_masks = load_masks(config.output / "masks.safetensors"), load_masks(whole.masks_file)
+    assert all(np.array_equal(resumed_masks.read(name), whole_masks.read(name)) for name in whole_masks.names)
+    for resumed, straight in zip(read_journal(config.output), whole.rounds, strict=True):
+        assert (resumed.losses, resumed.block_fits) == (straight.losses, straight.block_fits)
+
+
+def test_one_shot_is_not_reconstructed(tiny_config: ConfigMaker) -> None:
+    assert one_shot(tiny_config(reconstruct_epochs=2), show_progress=False).rounds[0].block_fits == ()
