@@ -36,6 +36,7 @@ def test_every_source_module_and_the_library_are_installed(wheel_names: list[str
     for folder, target in [("losa_export", "losa_export"), *((stage, f"losa_export/{stage}") for stage in STAGES)]:
         for path in (ROOT / folder).rglob("*.py"):
             assert f"{target}/{path.relative_to(ROOT / folder).as_posix()}" in wheel_names
+    assert "losa_export/training/presets/recommended.toml" in wheel_names
     assert "losa_export/py.typed" in wheel_names
     assert "losa_export/runtimes/liblosa_kernels.so" in wheel_names
     assert not [name for name in wheel_names if name.endswith((".cpp", ".h"))]
