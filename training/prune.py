@@ -62,7 +62,8 @@ def prune_blocks(
         with all_folded(layers, adapted.compute_dtype):
             inputs = rule.measure(block, index, layers, batches)
         for name, layer in layers.items():
-            prune_layer(layer, rule, amounts[index], inputs[name])
+            # Taken out, since second moments and their factors are large: one block's are held at a time.
+            prune_layer(layer, rule, amounts[index], inputs.pop(name))
         wanted: dict[ErrorKind, list[Tensor]] = {}
         for kind in kinds:
             read = dense if kind == "accumulated" else [batch.hidden for batch in batches]
