@@ -234,6 +234,38 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     _add_setting(
         pruning,
+        "--sparsity-band",
+        "sparsity_band",
+        _auto_or_fraction,
+        "D",
+        "of lp and linear: how far a block may lie from a round's target; auto is 0.01 to 0.03",
+    )
+    _add_setting(
+        pruning,
+        "--block-sparsities",
+        "block_sparsities",
+        _fraction,
+        "S",
+        "of fixed: one for each block, of which the proportions count",
+        nargs="+",
+    )
+    _add_setting(
+        pruning,
+        "--rmi-windows",
+        "rmi_windows",
+        int,
+        "N",
+        "of lp and linear: compare blocks over the first N calibration windows, not over all",
+    )
+    _add_switch(pruning, "--rmi-debiased", "rmi_debiased", "of lp and linear: compare them without bias (default: no)")
+    _add_setting(
+        pruning, "--owl-spread", "owl_spread", float, "L", "of owl: half the span of densities (default: 0.08)"
+    )
+    _add_setting(
+        pruning, "--atp-difference", "atp_difference", float, "D", "of atp: between neighbours (default: 0.01)"
+    )
+    _add_setting(
+        pruning,
         "--reconstruct-epochs",
         "reconstruct_epochs",
         int,
@@ -284,6 +316,17 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "how rank is shared out among blocks: uniform, water_filling or proportional (default: uniform)",
     )
     _add_setting(
+        tuning, "--rank-growth", "rank_growth", float, "R", "rise of the mean rank from round to round (default: 0.0)"
+    )
+    _add_setting(
+        tuning,
+        "--error-kind",
+        "error_kind",
+        str,
+        "NAME",
+        "error that ranks go by: accumulated over blocks, or local to each (default: accumulated)",
+    )
+    _add_setting(
         tuning,
         "--kl-weight",
         "kl_weight",
@@ -320,7 +363,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_setting(tuning, "--device", "device", str, "NAME", "auto, cpu or cuda (default: auto)")
     _add_setting(tuning, "--seed", "seed", int, "N", "default: 0")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
+    parser.add_argument(
+        "--plot", action="store_true", help="draw sparsity, rank and error of the blocks over the rounds: rounds.png"
+    )
     parser.set_defaults(command=_train)
+
+
+def _auto_or_fraction(text: str) -> float | None:
+    return None if text == "auto" else _fraction(text)
 
 
 _Options = argparse.ArgumentParser | argparse._ArgumentGroup
@@ -367,12 +417,18 @@ def _train(arguments: argparse.Namespace) -> int:
     from losa_export.progress import duration
 
     config = _train_config(arguments)
+    from losa_export.training.plot import check_plotting, plot_rounds
     from losa_export.training.train import train
+
+    if arguments.plot:
+        check_plotting()
 
     result = train(config, resume=arguments.resume)
     if result.status == "interrupted":
         print("losa: interrupted; everything is saved, go on with the same command and --resume", file=sys.stderr)
         return EXIT_INTERRUPTED
+    if arguments.plot:
+        print(f"losa: drew {plot_rounds(result.run)}", file=sys.stderr)
     print(
         f"{result.run}: {result.sparsity_fraction:.2%} zeros after {len(result.rounds)} rounds and "
         f"{duration(result.elapsed_seconds)}; next: losa merge {arguments.output} -o merged"

@@ -36,6 +36,7 @@ from losa_export.training.loop import Tuner, TuningData
 from losa_export.training.measure import Measurements, measure_blocks
 from losa_export.training.model import AdaptedModel, choose_compute, choose_device, load_adapted_model
 from losa_export.training.outputs import ADAPTER_FOLDER, MASKS_FILE, write_outputs
+from losa_export.training.plot import PLOT_FILE
 from losa_export.training.preflight import TrainInputs, check_inputs, one_shot_config
 from losa_export.training.prune import prune_blocks
 from losa_export.training.reconstruct import Reconstructor, ReconstructSettings
@@ -191,7 +192,7 @@ def _clear(run: Path) -> None:
     """Remove an earlier run's files, and nothing else that may lie in the folder. The state goes last."""
     with disk_errors(run):
         run.mkdir(parents=True, exist_ok=True)
-        for name in (MASKS_FILE, WEIGHTS_FILE, JOURNAL_FILE, CONFIG_FILE):
+        for name in (MASKS_FILE, WEIGHTS_FILE, JOURNAL_FILE, PLOT_FILE, CONFIG_FILE):
             (run / name).unlink(missing_ok=True)
         for name in (ADAPTER_FOLDER, STATE_FOLDER):
             if (run / name).is_dir():
