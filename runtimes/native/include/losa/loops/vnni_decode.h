@@ -6,7 +6,7 @@ struct IntegerDecode {
   class Kernel {
    public:
     static constexpr int64_t kPanelColumns = panel_columns(Tokens, 4 / Elements::kOfStep);
-    // Two blocks share each activation that is loaded. One token's time is that of reading memory.
+    // Two blocks share each activation that is loaded. One token waits for memory, which likes one stream better.
     static constexpr int kBlocks = Tokens == 1 ? 1 : 2;
     using Walk = Steps;
 

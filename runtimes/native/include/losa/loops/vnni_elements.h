@@ -190,16 +190,25 @@ struct SplitQuads {
   template <int Blocks, int Tokens, int Partial>
   LOSA_INLINE static void add_steps(const __m512i (&steps)[Blocks], const int32_t* x, int64_t, int turn,
                                     __m512i (&sums)[Blocks][Tokens][Partial]) {
-    static_assert(Blocks == 1 && Tokens == 1 && Partial == 4, "a register for each sum");
+    static_assert(Tokens == 1 && Partial % 2 == 0, "a register for each sum");
     const int first = 2 * turn % Partial;
-    add_quads(sums[0][0][first], _mm512_xor_si512(steps[0], _mm512_set1_epi8(-128)), x);
-    add_quads(sums[0][0][first + 1], _mm512_set1_epi32(x[1]), steps[0]);
+    const __m512i high = _mm512_set1_epi32(x[0]), low = _mm512_set1_epi32(x[1]);
+#pragma GCC unroll 2
+    for (int b = 0; b < Blocks; ++b) {
+      add_quads(sums[b][0][first], _mm512_xor_si512(steps[b], _mm512_set1_epi8(-128)), high);
+      add_quads(sums[b][0][first + 1], low, steps[b]);
+    }
   }
 
   /// Exact: what overflows on the way comes back, as the total does not.
   template <int Partial>
   LOSA_INLINE static __m512i total(const __m512i (&sums)[Partial]) {
-    const __m512i high = _mm512_add_epi32(sums[0], sums[2]), low = _mm512_add_epi32(sums[1], sums[3]);
+    __m512i high = sums[0], low = sums[1];
+#pragma GCC unroll 2
+    for (int p = 2; p < Partial; p += 2) {
+      high = _mm512_add_epi32(high, sums[p]);
+      low = _mm512_add_epi32(low, sums[p + 1]);
+    }
     return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
   }
 };

@@ -5,8 +5,9 @@
 //   prefetch()        asks memory for what four steps need later on
 
 // Values are one long stream, and masks another, shorter one; the processor's own prefetching stops at each page.
-constexpr int64_t kPrefetchValues = 1024;
-constexpr int64_t kPrefetchMasks = 512;
+// On a Zen 5 1 KiB of values ahead is 15 % slower than 3, and 8 KiB 10 %.
+constexpr int64_t kPrefetchValues = 3072;
+constexpr int64_t kPrefetchMasks = 1536;
 
 /// The masks of a sparse weight.
 class Masks {
