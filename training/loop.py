@@ -1,4 +1,4 @@
-"""The fine-tuning loop, and the only place that steps an optimizer."""
+"""The fine-tuning loop, and the only place that steps the adapters' optimizer."""
 
 from __future__ import annotations
 

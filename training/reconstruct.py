@@ -53,6 +53,16 @@ class ReconstructSettings:
     least_squares: bool = False
     damping: float = 0.01
 
+    @property
+    def passes(self) -> int:
+        """What the fit costs, in forward passes of the block over the calibration windows; a backward pass is two.
+
+        Two for the targets and the error before, three for each epoch, one for each group of linears that share
+        inputs, and one for the error after each step.
+        """
+        solving = len(set(INPUT_OF.values())) + 1 if self.least_squares else 0
+        return 2 + solving + (3 * self.epochs + 1 if self.epochs else 0)
+
 
 @dataclass(frozen=True)
 class Reconstruction:

@@ -362,16 +362,22 @@ class _Session:
     def _reconstructor(self) -> Reconstructor | None:
         """What fits the blocks of this round's pruning, if it is to be done in this round."""
         config, number = self.config, self.state.round_number
-        asked = config.reconstruct_epochs > 0 or config.reconstruct_least_squares
-        if not asked or (config.reconstruct_rounds == "last" and number < config.rounds):
+        settings = _reconstruct_settings(config)
+        if settings is None or (config.reconstruct_rounds == "last" and number < config.rounds):
             return None
-        settings = ReconstructSettings(
-            config.reconstruct_epochs,
-            config.reconstruct_learning_rate,
-            config.reconstruct_target,
-            config.reconstruct_least_squares,
-        )
         return Reconstructor(settings, (config.seed, number))
+
+    def _prune_seconds_left(self) -> float:
+        """What the pruning of the rounds to come will take, as this round's did.
+
+        Where only the last one fits the blocks too, that is estimated: pruning alone is two passes.
+        """
+        state, config = self.state, self.config
+        left = config.rounds - state.round_number
+        settings = _reconstruct_settings(config)
+        if settings is None or config.reconstruct_rounds == "every" or left == 0:
+            return left * state.prune_seconds
+        return (left + settings.passes / 2) * state.prune_seconds
 
     def _plan_round(self) -> tuple[RoundPlan, float | None]:
         """Steps of the round that begins, and its share of the time budget, if there is one."""
@@ -379,8 +385,7 @@ class _Session:
         index = state.round_number - 1
         steps, allotted = self.planned[index], None
         if config.time_budget_seconds is not None and steps > 0:
-            prunes_left = (config.rounds - state.round_number) * state.prune_seconds
-            tuning_left = max(0.0, config.time_budget_seconds - state.elapsed_seconds - prunes_left)
+            tuning_left = max(0.0, config.time_budget_seconds - state.elapsed_seconds - self._prune_seconds_left())
             start, end = self.spans[index]
             allotted = tuning_left * (end - start) / (1.0 - start)
             fitting = PROVISIONAL_STEPS
@@ -448,8 +453,7 @@ class _Session:
         if state.step == 0 or state.plan is None:
             return None
         steps = sum(self.planned[state.round_number :]) + state.plan.end_step - state.step
-        prunes = config.rounds - state.round_number
-        return steps * state.tune_seconds / state.step + prunes * state.prune_seconds
+        return steps * state.tune_seconds / state.step + self._prune_seconds_left()
 
     def _finish_round(self) -> None:
         state, config = self.state, self.config
@@ -572,6 +576,18 @@ class _Session:
         if self.writes:
             write_text_atomic(self.config.output / CONFIG_FILE, write_toml(tables))
             write_journal(self.config.output, self.state.records)
+
+
+def _reconstruct_settings(config: TrainConfig) -> ReconstructSettings | None:
+    """How pruned blocks are fitted; None if they are not."""
+    if config.reconstruct_epochs == 0 and not config.reconstruct_least_squares:
+        return None
+    return ReconstructSettings(
+        config.reconstruct_epochs,
+        config.reconstruct_learning_rate,
+        config.reconstruct_target,
+        config.reconstruct_least_squares,
+    )
 
 
 def _peak_memory_bytes(device: torch.device) -> int:
