@@ -16,6 +16,7 @@ from losa_export.checkpoint import open_checkpoint
 from losa_export.masks import load_masks
 from losa_export.merge import merge_run
 from losa_export.text import load_tokenizer, read_documents, token_windows
+from losa_export.training import train as train_module
 from losa_export.training.calibration import BlockBatch, capture_block_inputs, input_grams, run_block
 from losa_export.training.config import TrainConfig
 from losa_export.training.journal import read_journal
@@ -255,3 +256,31 @@ def test_an_interrupted_run_fits_the_same_blocks_to_the_same_bits(
 
 def test_one_shot_is_not_reconstructed(tiny_config: ConfigMaker) -> None:
     assert one_shot(tiny_config(reconstruct_epochs=2), show_progress=False).rounds[0].block_fits == ()
+
+
+def test_a_time_budget_leaves_room_for_the_fit_that_comes_last(
+    tiny_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock by which pruning a round takes 4 s and a step 1 s: of 100 s, 36 go to the fit."""
+    now = 0.0
+    prune, step = train_module.prune_blocks, train_module.Tuner.step
+
+    def pruning(*arguments: Any, **options: Any) -> Any:
+        nonlocal now
+        reconstructor = options["reconstructor"]
+        now += 4.0 + (2.0 * reconstructor.settings.passes if reconstructor is not None else 0.0)
+        return prune(*arguments, **options)
+
+    def stepping(*arguments: Any) -> float:
+        nonlocal now
+        now += 1.0
+        return step(*arguments)
+
+    monkeypatch.setattr(train_module, "prune_blocks", pruning)
+    monkeypatch.setattr(train_module.Tuner, "step", stepping)
+    config = tiny_config(steps=None, time_budget_seconds=100.0, reconstruct_epochs=5)
+    result = train(config, show_progress=False, clock=lambda: now)
+    assert ReconstructSettings(epochs=5).passes == 18
+    assert 95.0 <= result.elapsed_seconds <= 100.0
+    # 52 s are left for steps: 40 % of them in the first two rounds, 60 % in the last
+    assert [record.steps for record in result.rounds] == pytest.approx([10.4, 10.4, 31.2], abs=1.5)
