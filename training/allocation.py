@@ -13,15 +13,15 @@ from typing import Protocol
 import numpy as np
 
 from losa_export.errors import ConfigError
+from losa_export.training.rank_allocators import IntVector as IntVector
 from losa_export.training.rank_allocators import (
-    FloatVector,
-    IntVector,
     proportional_ranks,
     rank_budget,
     requested_ranks,
     uniform_ranks,
     water_filling_ranks,
 )
+from losa_export.training.sparsity_allocators import FloatVector as FloatVector
 from losa_export.training.sparsity_allocators import (
     atp_targets,
     band,

@@ -43,7 +43,7 @@ def _drawn(records: Sequence[RoundRecord]) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    panels = [
+    panels: list[tuple[str, list[tuple[float, ...]]]] = [
         ("sparsity", [record.block_targets for record in records]),
         ("rank", [record.block_ranks for record in records]),
         ("reconstruction error", [record.block_errors for record in records]),

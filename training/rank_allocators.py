@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-FloatVector = NDArray[np.float64]
+from losa_export.training.sparsity_allocators import FloatVector
+
 IntVector = NDArray[np.int64]
 
 # Stands for an error of zero, beside a largest of one: such a block gets rank only when the others are full.

@@ -159,6 +159,25 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     assert outcome(config.output) == outcome(whole.output)
 
 
+@pytest.mark.parametrize("allocator", ["lp", "linear"])
+def test_a_model_of_one_block_gets_the_target_and_all_the_rank(
+    tiny_config: ConfigMaker, tiny_checkpoint: Path, tmp_path: Path, allocator: str
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path / "one"
+    shutil.copytree(tiny_checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(settings))
+    result = train(tiny_config(**(FULL | {"model": folder, "sparsity_allocator": allocator})), show_progress=False)
+    assert [record.block_targets for record in result.rounds] == [(record.target_sparsity,) for record in result.rounds]
+    assert [record.block_ranks for record in result.rounds] == [(2,), (2,), (3,)]
+    assert all(record.rmi_row_sums == () for record in result.rounds)
+
+
 def test_ctrl_c_while_measuring_stops_between_blocks(tiny_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     from losa_export.training import measure
 
