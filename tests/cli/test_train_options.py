@@ -33,7 +33,7 @@ def test_without_a_preset_every_setting_is_the_default(tmp_path: Path) -> None:
 
 def test_the_help_tells_the_defaults_there_are() -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-    words = {"yes": True, "no": False, "packed": True, "no pattern": None}
+    words = {"yes": True, "no": False, "packed": True, "no pattern": None, "all": None}
     told = 0
     for action in train_actions():
         match = re.search(r"default: ([^);,]+)\)?$", action.help or "")
