@@ -18,7 +18,7 @@ from losa_export.merge import merge_run
 from losa_export.text import load_tokenizer, read_documents, token_windows
 from losa_export.training import train as train_module
 from losa_export.training.calibration import BlockBatch, capture_block_inputs, input_grams, run_block
-from losa_export.training.config import TrainConfig
+from losa_export.training.config import Dtype, TrainConfig
 from losa_export.training.journal import read_journal
 from losa_export.training.model import AdaptedModel, load_adapted_model
 from losa_export.training.prune import prune_blocks
@@ -50,9 +50,11 @@ def pruned_block(adapted: AdaptedModel) -> tuple[list[BlockBatch], list[Tensor]]
     return batches, targets
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_fit_lowers_the_error_and_pruned_weights_stay_exactly_zero(tiny_config: ConfigMaker, dtype: str) -> None:
-    adapted = load_adapted_model(tiny_config(dtype=dtype), "fp32")
+@pytest.mark.parametrize(("dtype", "compute"), [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")])
+def test_the_fit_lowers_the_error_and_pruned_weights_stay_exactly_zero(
+    tiny_config: ConfigMaker, dtype: str, compute: Dtype
+) -> None:
+    adapted = load_adapted_model(tiny_config(dtype=dtype), compute)
     stir(adapted)
     batches, targets = pruned_block(adapted)
     block, layers = adapted.blocks[0], adapted.layers_of(0)
