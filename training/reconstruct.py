@@ -4,8 +4,8 @@ Blocks are done in order. Each reads what the blocks before it, pruned and fitte
 them if its targets are the hidden states of the dense model. One block's weights, gradients and moments are
 held at a time; activations wait on the CPU.
 
-Source: Guo et al. 2024, "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs", arXiv:2402.12419; "A Free Lunch in
-LLM Compression", arXiv:2510.14444, finds it as good as tuning adapters after pruning, for far less data.
+Source: Guo et al. 2024, "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs", arXiv:2402.12419; "A Free Lunch
+in LLM Compression", arXiv:2510.14444, finds it as good as tuning adapters after pruning, for far less data.
 """
 
 from __future__ import annotations
