@@ -173,7 +173,7 @@ class TrainConfig:
     damping: float = 0.01
     reconstruct_epochs: int = 0
     reconstruct_least_squares: bool = False
-    reconstruct_learning_rate: float = 0.03
+    reconstruct_learning_rate: float = 0.01
     reconstruct_target: ReconstructTarget = "accumulated"
     reconstruct_rounds: ReconstructRounds = "last"
     save_every_seconds: float = 60.0

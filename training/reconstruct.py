@@ -48,7 +48,7 @@ class ReconstructSettings:
     """
 
     epochs: int
-    learning_rate: float = 0.03
+    learning_rate: float = 0.01
     target: ErrorKind = "accumulated"
     least_squares: bool = False
     damping: float = 0.01
