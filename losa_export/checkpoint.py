@@ -105,6 +105,7 @@ class Checkpoint:
                 f"{', '.join(_READABLE_DTYPES)} are read: save the checkpoint unquantised",
                 tensor=name,
             )
+        import ml_dtypes  # noqa: F401  (teaches NumPy the bfloat16 that safetensors asks it for)
         from safetensors import SafetensorError, safe_open
 
         try:

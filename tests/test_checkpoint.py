@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -33,6 +35,19 @@ def test_half_precision_tensors_are_widened_exactly(tmp_path: Path) -> None:
     np.testing.assert_array_equal(checkpoint.read("full"), values)
     np.testing.assert_array_equal(checkpoint.read("bf"), values.astype(ml_dtypes.bfloat16).astype(np.float32))
     np.testing.assert_array_equal(checkpoint.read("half"), values.astype(np.float16).astype(np.float32))
+
+
+def test_bfloat16_is_read_by_a_process_that_has_not_met_it_yet(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"w": np.array([1.5, -0.375], ml_dtypes.bfloat16)}, tmp_path / "model.safetensors")
+    code = (
+        "import sys; from pathlib import Path; from losa_export.checkpoint import open_checkpoint; "
+        "print(open_checkpoint(Path(sys.argv[1])).read('w').tolist())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[1.5, -0.375]"
 
 
 @pytest.mark.parametrize(("limit", "files"), [(1 << 30, 1), (40, 2), (1, 3)])

@@ -94,6 +94,19 @@ def test_the_frozen_weight_is_the_compensated_one_less_the_adapter(tiny_config: 
         torch.testing.assert_close(adapted.layers[name].merged(), layer.merged(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda"])
+def test_without_compensation_effective_weights_change_only_where_newly_pruned(
+    tiny_config: ConfigMaker, criterion: str
+) -> None:
+    adapted = load_adapted_model(tiny_config(), "fp32")
+    stir(adapted, 0)
+    for target in (0.3, 0.6):
+        before = {name: layer.merged() for name, layer in adapted.layers.items()}
+        prune_blocks(adapted, WINDOWS, np.array([target, target]), batch_size=2, rule=PruneRule(criterion))
+        for name, layer in adapted.layers.items():
+            assert torch.equal(layer.merged(), before[name] * layer.mask)
+
+
 @pytest.mark.parametrize(("criterion", "pattern"), [("wanda", "2:4"), ("magnitude", "2:8"), ("alps", "4:8")])
 def test_a_fixed_pattern_holds_in_every_group_after_the_last_round(
     tiny_config: ConfigMaker, criterion: str, pattern: str
@@ -187,13 +200,19 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(
 
 
 @pytest.mark.parametrize(
-    ("criterion", "pattern", "sparsity"),
-    [("sparsegpt", None, 0.6), ("alps", "2:4", 0.5), ("sparsegpt", "2:8", 0.75), ("magnitude", "4:8", 0.5)],
+    ("criterion", "pattern", "sparsity", "dtype"),
+    [
+        ("sparsegpt", None, 0.6, "fp32"),
+        ("alps", "2:4", 0.5, "fp32"),
+        ("sparsegpt", "2:8", 0.75, "bf16"),
+        ("magnitude", "4:8", 0.5, "fp32"),
+    ],
 )
 def test_the_zeros_of_a_run_survive_the_merge(
-    tiny_config: ConfigMaker, tmp_path: Path, criterion: str, pattern: str | None, sparsity: float
+    tiny_config: ConfigMaker, tmp_path: Path, criterion: str, pattern: str | None, sparsity: float, dtype: str
 ) -> None:
-    config = tiny_config(rounds=2, steps=2, sparsity_fraction=sparsity, criterion=criterion, pattern=pattern)
+    changes = {"sparsity_fraction": sparsity, "criterion": criterion, "pattern": pattern, "dtype": dtype}
+    config = tiny_config(rounds=2, steps=2, compute="fp32", **changes)
     result, _ = run(config)
     assert (result.run / "weights.safetensors").exists() == (criterion != "magnitude")
     report = merge_run(result.run, tmp_path / "merged")
