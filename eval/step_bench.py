@@ -170,7 +170,7 @@ def _adapt_by_peft(model: Any, config: StepBenchConfig) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise MissingDependencyError.for_extra("peft", "dev", "the comparison with PEFT's LoRA") from None
+        raise MissingDependencyError.for_extra("peft", "peft", "the comparison with PEFT's LoRA") from None
     names = [path.rpartition(".")[2] for path in BLOCK_LINEARS]
     settings = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, lora_dropout=0.0, target_modules=names)
     inject_adapter_in_model(settings, model)

@@ -45,7 +45,7 @@ def test_the_table_gives_each_time_beside_pefts() -> None:
 
 def test_without_peft_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(MissingDependencyError, match=r"PEFT's LoRA needs the package 'peft'.*losa-export\[dev\]"):
+    with pytest.raises(MissingDependencyError, match=r"PEFT's LoRA needs the package 'peft'.*losa-export\[peft\]"):
         make_step(SMALL, "peft")
 
 
