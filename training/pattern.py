@@ -64,6 +64,15 @@ class Pattern:
                 field="pattern",
             )
 
+    def check_columns(self, name: str, columns: int) -> None:
+        """Hold a weight's input columns against the groups. Raises: ConfigError if they do not divide evenly."""
+        if columns % self.width:
+            raise ConfigError(
+                f"'{name}' has {columns} input columns, which groups of {self.width} do not divide; use a pattern "
+                "whose groups do",
+                field="pattern",
+            )
+
     def kept_per_group(self, targets: FloatVector, weights: FloatVector, before: IntVector) -> IntVector:
         """N of each block for a round's targets.
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_export.architecture import DecoderSpec, check_tensors
+from losa_export.architecture import DecoderSpec, check_tensors, prunable_names
 from losa_export.chat import load_chat_template
 from losa_export.checkpoint import CONFIG_FILE, open_checkpoint
 from losa_export.errors import ConfigError
@@ -18,6 +18,7 @@ from losa_export.files import sha256_of
 from losa_export.text import check_token_ids, load_tokenizer, read_documents, token_examples, token_windows
 from losa_export.text_rows import Message
 from losa_export.training.config import FREE_ON_RESUME, TrainConfig, to_table
+from losa_export.training.pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ def check_inputs(config: TrainConfig) -> TrainInputs:
     checkpoint = open_checkpoint(config.model)
     spec = DecoderSpec.from_config(checkpoint.config, config.model / CONFIG_FILE)
     check_tensors(checkpoint, spec)
+    if config.pattern is not None:
+        pattern = Pattern.parse(config.pattern)
+        for name in prunable_names(spec):
+            pattern.check_columns(name, checkpoint.shape(name)[1])
     if config.block_sparsities and len(config.block_sparsities) != spec.num_layers:
         raise ConfigError(
             f"block_sparsities has {len(config.block_sparsities)} values, but the model has {spec.num_layers} blocks; "

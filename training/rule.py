@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from losa_export.errors import ConfigError
 from losa_export.training.adapter import MaskedLoRALinear
 from losa_export.training.calibration import BlockBatch, input_grams, input_square_sums
 from losa_export.training.config import TrainConfig
@@ -50,12 +49,7 @@ class PruneRule:
         before = np.full(len(adapted.blocks), 0, dtype=np.int64)
         for block in range(len(adapted.blocks)):
             for name, layer in adapted.layers_of(block).items():
-                if layer.in_features % width:
-                    raise ConfigError(
-                        f"'{name}' has {layer.in_features} input columns, which groups of {width} do not divide; "
-                        "use a pattern whose groups do",
-                        field="pattern",
-                    )
+                self.pattern.check_columns(name, layer.in_features)
                 most = int(layer.mask.reshape(-1, width).sum(dim=1, dtype=torch.int64).max())
                 before[block] = max(before[block], most)
         kept = self.pattern.kept_per_group(targets, adapted.parameter_counts(), before)

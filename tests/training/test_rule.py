@@ -226,6 +226,16 @@ def test_the_zeros_of_a_run_survive_the_merge(
             assert set((weight != 0).reshape(-1, width).sum(axis=1)) == {kept}
 
 
+def test_columns_that_groups_do_not_divide_are_found_before_the_run_before_is_cleared(tiny_config: ConfigMaker) -> None:
+    config = tiny_config(rounds=1, steps=0)
+    run(config)
+    with pytest.raises(
+        ConfigError, match=r"has 64 input columns, which groups of 7 do not divide; use a pattern whose"
+    ):
+        run(dataclasses.replace(config, pattern="mixed:7", overwrite=True))
+    assert (config.output / "masks.safetensors").exists()
+
+
 def test_starting_again_takes_the_changed_weights_of_the_run_before_away(tiny_config: ConfigMaker) -> None:
     config = tiny_config(rounds=1, steps=0, criterion="sparsegpt")
     assert (run(config)[0].run / "weights.safetensors").exists()
