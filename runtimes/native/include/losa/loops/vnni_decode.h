@@ -46,13 +46,14 @@ struct IntegerDecode {
         add_group(walks, x, group, group_steps, sums);
         x += group_steps * Elements::kOfStep;
 #pragma GCC unroll 2
-        for (int b = 0; b < Blocks; ++b, scales[b - 1] += losa::kBlockRows) {
+        for (int b = 0; b < Blocks; ++b) {
           const __m512 weight_scales = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales[b])));
 #pragma GCC unroll 8
           for (int t = 0; t < Tokens; ++t) {
             const __m512 both = _mm512_mul_ps(weight_scales, _mm512_set1_ps(scales_[t][group]));
             results[b][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[b][t]), both, results[b][t]);
           }
+          scales[b] += losa::kBlockRows;
         }
       }
 #pragma GCC unroll 2
@@ -90,9 +91,7 @@ struct IntegerDecode {
 #pragma GCC unroll 2
       for (int b = 0; b < Blocks; ++b)
 #pragma GCC unroll 8
-        for (int t = 0; t < Tokens; ++t) {
-          totals[b][t] = Elements::total(sums[b][t]);
-        }
+        for (int t = 0; t < Tokens; ++t) totals[b][t] = Elements::total(sums[b][t]);
     }
 
     template <int Blocks, int Partial>
