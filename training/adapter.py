@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -257,11 +257,29 @@ class MaskedLoRALinear(nn.Module):
         return output
 
     @contextlib.contextmanager
-    def dense(self) -> Iterator[None]:
+    def dense(self, dtype: torch.dtype | None = None) -> Iterator[None]:
         """Within the block, compute as the dense model does: no mask, no adapter."""
-        with self.computing_with(self.dense_weight):
+        with self.computing_with(self.dense_weight.to(dtype or self.dense_weight.dtype)):
             yield
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}/{self.max_rank}, s={self.scaling:g}"
+
+
+@contextlib.contextmanager
+def all_folded(layers: Mapping[str, MaskedLoRALinear], dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Within the block, `layers` compute with their effective weights, merged once; see `MaskedLoRALinear.folded`."""
+    with contextlib.ExitStack() as stack:
+        for layer in layers.values():
+            stack.enter_context(layer.folded(dtype))
+        yield
+
+
+@contextlib.contextmanager
+def all_dense(layers: Mapping[str, MaskedLoRALinear], dtype: torch.dtype) -> Iterator[None]:
+    """Within the block, `layers` compute as in the dense checkpoint: no mask, no adapter."""
+    with contextlib.ExitStack() as stack:
+        for layer in layers.values():
+            stack.enter_context(layer.dense(dtype))
+        yield

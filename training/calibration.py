@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from losa_export.training.gram import Gram
 
+# Called with a linear and its inputs, before it computes.
+_Hook = Callable[[nn.Module, tuple[Any, ...]], None]
+
 
 @dataclass
 class BlockBatch:
@@ -98,7 +101,7 @@ def input_square_sums(
     """
     sums: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def watch(name: str) -> _Hook:
         def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             features = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
             part = features.square().sum(dim=0).double()
@@ -106,9 +109,7 @@ def input_square_sums(
 
         return add
 
-    with contextlib.ExitStack() as hooks:
-        for name, linear in linears.items():
-            hooks.callback(linear.register_forward_pre_hook(watch(name)).remove)
+    with _watched(linears, watch):
         for batch in batches:
             run_block(block, index, batch)
     return {name: total.float() for name, total in sums.items()}
@@ -134,7 +135,7 @@ def input_grams(
     source: dict[str, str] = {}
     met: list[tuple[Tensor, str]] = []
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def watch(name: str) -> _Hook:
         def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             if name not in source:
                 source[name] = next((first for tensor, first in met if tensor is inputs[0]), name)
@@ -148,11 +149,18 @@ def input_grams(
 
         return add
 
-    with contextlib.ExitStack() as hooks:
-        for name, linear in linears.items():
-            hooks.callback(linear.register_forward_pre_hook(watch(name)).remove)
+    with _watched(linears, watch):
         for batch in batches:
             run_block(block, index, batch)
             met.clear()
     grams = {name: Gram(total) for name, total in sums.items()}
     return {name: grams[source[name]] for name in linears}
+
+
+@contextlib.contextmanager
+def _watched(linears: Mapping[str, nn.Module], watch: Callable[[str], _Hook]) -> Iterator[None]:
+    """Within the block, each linear is preceded by the hook that `watch` makes for its name."""
+    with contextlib.ExitStack() as hooks:
+        for name, linear in linears.items():
+            hooks.callback(linear.register_forward_pre_hook(watch(name)).remove)
+        yield

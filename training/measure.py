@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from losa_export.training.adapter import all_folded
 from losa_export.training.allocation import FloatVector
 from losa_export.training.calibration import capture_block_inputs, input_square_sums
 from losa_export.training.model import AdaptedModel
-from losa_export.training.prune import advance, all_folded
+from losa_export.training.prune import advance
 from losa_export.training.rmi import gram_matrix, mutual_information
 from losa_export.training.scores import wanda_scores
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from losa_export.training.adapter import MaskedLoRALinear
+from losa_export.training.adapter import MaskedLoRALinear, all_dense, all_folded
 from losa_export.training.allocation import FloatVector
 from losa_export.training.calibration import BlockBatch, capture_block_inputs, run_block
 from losa_export.training.criteria import CRITERIA, InputStatistics, Problem
@@ -109,21 +108,3 @@ def prune_layer(layer: MaskedLoRALinear, rule: PruneRule, amount: Amount, inputs
     layer.set_mask(solution.kept)
     if solution.weight is not None:
         layer.set_effective_weight(solution.weight)
-
-
-@contextlib.contextmanager
-def all_folded(layers: Mapping[str, MaskedLoRALinear], dtype: torch.dtype) -> Iterator[None]:
-    """Within the block, `layers` compute with their effective weights, merged once."""
-    with contextlib.ExitStack() as stack:
-        for layer in layers.values():
-            stack.enter_context(layer.folded(dtype))
-        yield
-
-
-@contextlib.contextmanager
-def all_dense(layers: Mapping[str, MaskedLoRALinear], dtype: torch.dtype) -> Iterator[None]:
-    """Within the block, `layers` compute as in the dense checkpoint: no mask, no adapter."""
-    with contextlib.ExitStack() as stack:
-        for layer in layers.values():
-            stack.enter_context(layer.computing_with(layer.dense_weight.to(dtype)))
-        yield

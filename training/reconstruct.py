@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from losa_export.architecture import INPUT_OF
-from losa_export.training.adapter import MaskedLoRALinear
+from losa_export.training.adapter import MaskedLoRALinear, all_folded
 from losa_export.training.alps import refine
 from losa_export.training.calibration import BlockBatch, input_grams, run_block
 from losa_export.training.reconstruction_error import ErrorKind
@@ -170,9 +170,7 @@ def _solve_linears(
             for name, layer in layers.items()
             if INPUT_OF[name.removeprefix(prefix).removesuffix(".weight")] == source
         }
-        with contextlib.ExitStack() as stack:
-            for layer in layers.values():
-                stack.enter_context(layer.folded())
+        with all_folded(layers):
             gram = next(iter(input_grams(block, index, group, batches).values()))
         moments = gram.damped(damping).float()
         # With equal diagonals the conjugate gradients need no preconditioner.
@@ -235,9 +233,7 @@ def _errors(
 ) -> tuple[float, float]:
     """Summed squares of output minus target, and of the target, over all batches. Added up in float64."""
     error = energy = 0.0
-    with contextlib.ExitStack() as stack:
-        for layer in layers.values():
-            stack.enter_context(layer.folded())
+    with all_folded(layers):
         for batch, target in zip(batches, targets, strict=True):
             wanted = target.double()
             error += float((run_block(block, index, batch).double() - wanted).square().sum())

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from losa_export.training.adapter import all_dense, all_folded
 from losa_export.training.calibration import capture_block_inputs, run_block
 from losa_export.training.config import TrainConfig
 from losa_export.training.model import AdaptedModel, load_adapted_model
-from losa_export.training.prune import all_dense, all_folded, prune_blocks
+from losa_export.training.prune import prune_blocks
 from losa_export.training.reconstruction_error import ChannelErrors
 
 ConfigMaker = Callable[..., TrainConfig]
