@@ -20,30 +20,12 @@ from numpy.typing import NDArray
 from losa_export.checkpoint import CONFIG_FILE, Checkpoint
 from losa_export.config_fields import ConfigFields
 from losa_export.errors import CheckpointError, UnsupportedArchitectureError
+from losa_export.layout import LLAMA
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
-# Linears of one block, in the order in which a token meets them. These are what gets pruned.
-BLOCK_LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-
-# Linears that read the same inputs: the first of them stands for all.
-INPUT_OF = {
-    "self_attn.q_proj": "self_attn.q_proj",
-    "self_attn.k_proj": "self_attn.q_proj",
-    "self_attn.v_proj": "self_attn.q_proj",
-    "self_attn.o_proj": "self_attn.o_proj",
-    "mlp.gate_proj": "mlp.gate_proj",
-    "mlp.up_proj": "mlp.gate_proj",
-    "mlp.down_proj": "mlp.down_proj",
-}
+# Names of the Llama layout, which four families share.
+BLOCK_LINEARS = LLAMA.linears
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"

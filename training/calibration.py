@@ -39,7 +39,7 @@ def capture_block_inputs(
     adds), for each block apart, since some models mix attention kinds. The blocks themselves do not run.
 
     Args:
-        model: the causal language model, with its blocks at `model.model.layers`.
+        model: the causal language model.
         blocks: those blocks.
         windows: (n, tokens) int64.
         batch_size: windows run together.

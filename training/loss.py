@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from losa_export.layout import layout_of
 from losa_export.training.adapter import MaskedLoRALinear
 
 # Rows of logits alive at once: 256 × 49,152 float32 is 50 MB, where a batch of 1,024 tokens would need three
@@ -173,7 +174,7 @@ class CausalLoss(nn.Module):
     """A causal language model that returns its loss: one module for accelerate to wrap.
 
     Args:
-        model: the model, with its blocks at `model.layers` and its head at `lm_head`.
+        model: the model, with its parts where `losa_export.layout` says.
         objective: what to add up; plain cross-entropy if not given.
     """
 
@@ -184,8 +185,9 @@ class CausalLoss(nn.Module):
 
     def forward(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Loss of (windows, tokens) int64; `lengths`, (windows,) int64, tells padding at the end of windows."""
-        objective, head = self.objective, self.causal_model.get_parameter("lm_head.weight")
-        blocks = tuple(self.causal_model.get_submodule("model.layers").children())
+        objective, layout = self.objective, layout_of(self.causal_model)
+        head = self.causal_model.get_parameter(layout.head)
+        blocks = tuple(self.causal_model.get_submodule(layout.blocks).children())
         teacher = self._teach(input_ids, blocks) if objective.distils else _Teacher(None, ())
         errors: list[Tensor] = []
 

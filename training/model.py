@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from losa_export.architecture import BLOCK_LINEARS
 from losa_export.errors import CheckpointError, ConfigError
+from losa_export.layout import Layout, layout_of
 from losa_export.masks import BoolArray
 from losa_export.training.adapter import MaskedLoRALinear
 from losa_export.training.allocation import FloatVector
@@ -39,8 +39,13 @@ class AdaptedModel:
 
     def layers_of(self, block: int) -> dict[str, MaskedLoRALinear]:
         """Weight name to layer of one block."""
-        prefix = f"model.layers.{block}."
+        prefix = self.layout.prefix(block)
         return {name: layer for name, layer in self.layers.items() if name.startswith(prefix)}
+
+    @property
+    def layout(self) -> Layout:
+        """Where the model keeps its parts."""
+        return layout_of(self.model)
 
     def parameter_counts(self) -> FloatVector:
         """(L,) prunable weights of each block."""
@@ -116,13 +121,14 @@ def attach_adapters(model: nn.Module, config: TrainConfig, compute_dtype: torch.
     """
     # Dropout would make the training loss a random variable; evaluation mode turns it off and keeps gradients.
     model.eval().requires_grad_(False)
-    blocks = tuple(model.get_submodule("model.layers").children())
+    layout = layout_of(model)
+    blocks = tuple(model.get_submodule(layout.blocks).children())
     layers: dict[str, MaskedLoRALinear] = {}
     for index, block in enumerate(blocks):
-        for place, path in enumerate(BLOCK_LINEARS):
+        for place, path in enumerate(layout.linears):
             parent_path, _, attribute = path.rpartition(".")
             linear = cast(nn.Linear, block.get_submodule(path))
-            name = f"model.layers.{index}.{path}.weight"
+            name = layout.weight(index, path)
             if not bool(torch.isfinite(linear.weight).all()):
                 raise CheckpointError(
                     f"tensor '{name}' of checkpoint '{config.model}' holds values that are not finite; "

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from losa_export.architecture import BLOCK_LINEARS
 from losa_export.files import output_folder, write_text_atomic
 from losa_export.masks import save_masks
 from losa_export.training.base_weights import write_changed_weights
@@ -61,7 +60,7 @@ def write_adapter(folder: Path, adapted: AdaptedModel, base: Path) -> None:
         "lora_alpha": _whole(scaling * common),
         "rank_pattern": others,
         "alpha_pattern": {name: _whole(scaling * rank) for name, rank in others.items()},
-        "target_modules": sorted(path.rpartition(".")[2] for path in BLOCK_LINEARS),
+        "target_modules": sorted(path.rpartition(".")[2] for path in adapted.layout.linears),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

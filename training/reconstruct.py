@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from losa_export.architecture import INPUT_OF
+from losa_export.layout import INPUT_GROUPS, by_inputs
 from losa_export.training.adapter import MaskedLoRALinear, all_folded
 from losa_export.training.alps import refine
 from losa_export.training.calibration import BlockBatch, input_grams, run_block
@@ -60,7 +60,7 @@ class ReconstructSettings:
         Two for the targets and the error before, three for each epoch, one for each group of linears that share
         inputs, and one for the error after each step.
         """
-        solving = len(set(INPUT_OF.values())) + 1 if self.least_squares else 0
+        solving = INPUT_GROUPS + 1 if self.least_squares else 0
         return 2 + solving + (3 * self.epochs + 1 if self.epochs else 0)
 
 
@@ -163,13 +163,8 @@ def _solve_linears(
     damping: float,
 ) -> None:
     """Least squares for each linear alone, in the order in which a token meets them, on what those before leave."""
-    prefix = f"model.layers.{index}."
-    for source in dict.fromkeys(INPUT_OF.values()):
-        group = {
-            name: layer
-            for name, layer in layers.items()
-            if INPUT_OF[name.removeprefix(prefix).removesuffix(".weight")] == source
-        }
+    for names in by_inputs(layers):
+        group = {name: layers[name] for name in names}
         with all_folded(layers):
             gram = next(iter(input_grams(block, index, group, batches).values()))
         moments = gram.damped(damping).float()

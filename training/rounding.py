@@ -18,24 +18,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from losa_export.architecture import INPUT_OF
 from losa_export.compensate import InputMoments, compensated_int4, compensated_int8
 from losa_export.errors import CheckpointError
+from losa_export.layout import layout_of
 from losa_export.quantise import Bool, Float32, Rounded
 from losa_export.reference import load_model
 from losa_export.training.calibration import BlockBatch, capture_block_inputs, run_block
 
 _WINDOWS_AT_ONCE = 8
 
-_INPUTS = tuple(dict.fromkeys(INPUT_OF.values()))
-
 
 class CalibratedRounding:
     """Rounds what an exporter asks for, if it asks in the order in which a token meets the linears.
 
     Args:
-        model: a causal language model in float32 with its blocks at `model.model.layers`; its linears are replaced by
-            their rounded selves as they come.
+        model: a causal language model in float32; its linears are replaced by their rounded selves as they come.
         windows: (n, tokens) int64 token ids.
         values: type to round to.
         group: columns that share a scale.
@@ -53,7 +50,8 @@ class CalibratedRounding:
         self._on_rounded = on_rounded
         self._values = values
         self._group = group
-        self._blocks = tuple(model.get_submodule("model.layers").children())
+        self._layout = layout_of(model)
+        self._blocks = tuple(model.get_submodule(self._layout.blocks).children())
         self._checkpoint = capture_block_inputs(model, self._blocks, windows, _WINDOWS_AT_ONCE)
         self._rounded = [BlockBatch(batch.hidden, batch.keyword_arguments) for batch in self._checkpoint]
         self._index = -1
@@ -69,10 +67,11 @@ class CalibratedRounding:
 
         Raises: FormatError if the type cannot hold a weight; CheckpointError if activations are not finite.
         """
-        index, paths = _places(names)
+        places = [self._layout.place(name) for name in names]
+        index, paths = places[0][0], [path for _, path in places]
         while self._index < index:
             self._leave()
-        moments = self._moments_of(INPUT_OF[paths[0]])
+        moments = self._moments_of(self._layout.first_reader(paths[0]))
         rounded: Rounded
         if self._values == "int8":
             rounded = compensated_int8(weight, keep, self._group, moments)
@@ -92,14 +91,14 @@ class CalibratedRounding:
         """Before anything in block `index` is rounded: keep what the checkpoint reads there, and hand on its states."""
         self._index = index
         self._moments: dict[str, InputMoments] = {}
-        self._exact_inputs: dict[str, list[Tensor]] = {path: [] for path in _INPUTS}
+        self._exact_inputs: dict[str, list[Tensor]] = {group[0]: [] for group in self._layout.inputs}
 
         def watch(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             return lambda _, inputs: self._exact_inputs[path].append(_by_token(inputs))
 
         block = self._blocks[index]
         with contextlib.ExitStack() as hooks:
-            for path in _INPUTS:
+            for path in self._exact_inputs:
                 hooks.callback(block.get_submodule(path).register_forward_pre_hook(watch(path)).remove)
             for batch in self._checkpoint:
                 batch.hidden = run_block(block, index, batch)
@@ -171,13 +170,3 @@ def _by_token(inputs: tuple[Any, ...]) -> Tensor:
     """What a linear is called with: (tokens, K) float32."""
     read: Tensor = inputs[0].flatten(0, -2).float()
     return read
-
-
-def _places(names: Sequence[str]) -> tuple[int, list[str]]:
-    """The block of some modules, and their paths in it."""
-    index, paths = 0, []
-    for name in names:
-        number, _, path = name.removeprefix("model.layers.").partition(".")
-        index = int(number)
-        paths.append(path)
-    return index, paths

@@ -23,12 +23,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_export.architecture import BLOCK_LINEARS, EMBEDDING, INPUT_OF, DecoderSpec
+from losa_export.architecture import EMBEDDING, DecoderSpec
 from losa_export.checkpoint import Checkpoint, open_checkpoint
 from losa_export.errors import ConfigError, LosaError, MissingDependencyError
 from losa_export.eval.machine import git_revision, package_versions
 from losa_export.eval.perplexity import cut_windows, token_nll
 from losa_export.files import write_text_atomic
+from losa_export.layout import LLAMA
 from losa_export.masks import MaskFile, load_masks
 from losa_export.progress import Progress
 from losa_export.quantise import (
@@ -522,7 +523,7 @@ def study(config: StudyConfig, command: str) -> dict[str, Any]:
         spec = DecoderSpec.from_config(checkpoint.config, folder)
         model = _Model(checkpoint, config.windows, config.calibration, config.text)
         blocks = range(0, spec.num_layers, config.block_step)
-        tensors = [f"model.layers.{block}.{linear}.weight" for block in blocks for linear in BLOCK_LINEARS]
+        tensors = [LLAMA.weight(block, linear) for block in blocks for linear in LLAMA.linears]
         kept = sum(int(np.count_nonzero(masks.read(name))) for name in masks.names)
         size = sum(math.prod(masks.shape(name)) for name in masks.names)
         document["checkpoints"].append(
@@ -590,7 +591,7 @@ def _input_of(tensor: str) -> str:
     """The first linear of the block that reads the same inputs as the linear `tensor`."""
     prefix, _, linear = tensor.removesuffix(".weight").rpartition(".layers.")
     block, _, linear = linear.partition(".")
-    return f"{prefix}.layers.{block}.{INPUT_OF[linear]}.weight"
+    return f"{prefix}.layers.{block}.{LLAMA.first_reader(linear)}.weight"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
