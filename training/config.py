@@ -53,7 +53,8 @@ class TrainConfig:
         tuning_text: files to fine-tune on: plain text, or rows of text, instructions or conversations (see
             `losa_export.text.read_documents`).
         calibration_text: text files for the activation statistics; empty means the tuning text.
-        sparsity_fraction: zeros among the block linears at the end, strictly between 0 and 1.
+        sparsity_fraction: zeros among the block linears at the end, at least 0 and below 1. 0 prunes nothing: what is
+            left is plain LoRA.
         rounds: T, the number of prune-then-tune rounds.
         steps: optimizer steps over all rounds. None without a time budget means one pass over the tuning
             text; None with one means as many as fit. 0 prunes only.
@@ -183,8 +184,8 @@ class TrainConfig:
         self._require("tuning_text", len(self.tuning_text) > 0, "name at least one text file")
         self._require(
             "sparsity_fraction",
-            0.0 < self.sparsity_fraction < 1.0,
-            "it must lie strictly between 0 and 1, for example 0.5",
+            0.0 <= self.sparsity_fraction < 1.0,
+            "it must be at least 0 and below 1, for example 0.5",
         )
         for name in ("rounds", "rank", "batch_size", "calibration_windows"):
             self._require(name, getattr(self, name) >= 1, "it must be at least 1")

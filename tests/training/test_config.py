@@ -15,10 +15,10 @@ GOOD = TrainConfig(model=Path("model"), output=Path("run"), tuning_text=(Path("a
 @pytest.mark.parametrize(
     ("field", "value", "mend"),
     [
-        ("sparsity_fraction", 0.0, "strictly between 0 and 1"),
-        ("sparsity_fraction", 1.0, "strictly between 0 and 1"),
-        ("sparsity_fraction", 50, "strictly between 0 and 1"),
-        ("sparsity_fraction", float("nan"), "strictly between 0 and 1"),
+        ("sparsity_fraction", -0.1, "at least 0 and below 1"),
+        ("sparsity_fraction", 1.0, "at least 0 and below 1"),
+        ("sparsity_fraction", 50, "at least 0 and below 1"),
+        ("sparsity_fraction", float("nan"), "at least 0 and below 1"),
         ("tuning_text", (), "name at least one text file"),
         ("rounds", 0, "at least 1"),
         ("rank", 0, "at least 1"),

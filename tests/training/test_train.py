@@ -23,6 +23,7 @@ from losa_export.errors import (
     UnsupportedArchitectureError,
 )
 from losa_export.masks import digest, load_masks
+from losa_export.merge import merge_run
 from losa_export.training import train as train_module
 from losa_export.training.config import TrainConfig, read_run_config
 from losa_export.training.journal import read_journal
@@ -133,6 +134,17 @@ def test_one_shot_prunes_once_and_leaves_zero_adapters(tiny_config: ConfigMaker)
     assert 0.6 - 1 / 64 < result.sparsity_fraction <= 0.6
     adapter = load_file(result.adapter_folder / "adapter_model.safetensors")
     assert all(not tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_without_sparsity_it_is_plain_lora(tiny_config: ConfigMaker, tmp_path: Path, criterion: str) -> None:
+    settings = {"sparsity_allocator": "linear", "rank_allocator": "water_filling", "reconstruct_epochs": 1}
+    result, losses = run(tiny_config(sparsity_fraction=0.0, criterion=criterion, steps=30, **settings))
+    assert result.sparsity_fraction == 0.0
+    assert np.mean([losses[3, step] for step in range(12, 18)]) < losses[1, 0]
+    merge_run(result.run, tmp_path / "merged")
+    record = json.loads((tmp_path / "merged" / "sparsity.json").read_text())
+    assert all(tensor["zeros"] == 0 for tensor in record["tensors"].values())
 
 
 def test_a_run_without_steps_or_budget_passes_once_over_the_text(tiny_config: ConfigMaker) -> None:
