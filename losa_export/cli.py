@@ -161,7 +161,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "losa_export.training.config.TrainConfig; a run's config.toml is a config file with all of them."
     )
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or hub id")
-    _add_setting(parser, "--sparsity", "sparsity_fraction", _fraction, "S", "zeros at the end, e.g. 0.5 or 50%%; 0: plain LoRA")
+    _add_setting(
+        parser, "--sparsity", "sparsity_fraction", _fraction, "S", "zeros at the end, e.g. 0.5 or 50%%; 0: plain LoRA"
+    )
     _add_output(parser, None)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
