@@ -23,9 +23,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_export.architecture import EMBEDDING, DecoderSpec
+from losa_export.architecture import DecoderSpec
 from losa_export.checkpoint import Checkpoint, open_checkpoint
 from losa_export.errors import ConfigError, LosaError, MissingDependencyError
+from losa_export.eval.fidelity import kl_divergence, log_softmax
 from losa_export.eval.machine import git_revision, package_versions
 from losa_export.eval.perplexity import cut_windows, token_nll
 from losa_export.files import write_text_atomic
@@ -352,19 +353,6 @@ def rise(exact: Sequence[float], rounded: Sequence[float]) -> tuple[float, float
     return ratio - 1, ratio * error
 
 
-def kl_divergence(exact: NDArray[np.floating[Any]], rounded: Float32) -> float:
-    """Mean over rows of KL(exact ‖ rounded), nats; both (P, V) log-probabilities."""
-    wide = exact.astype(np.float32)
-    return float((np.exp(wide) * (wide - rounded)).sum(axis=1, dtype=np.float64).mean())
-
-
-def log_softmax(logits: Float32) -> Float32:
-    """Log-probabilities, (P, V) float32."""
-    shifted: Float32 = logits - logits.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return shifted
-
-
 def rounded_to(rounding: Rounding, weight: Float32, keep: Bool, group: int, calibration: Float32 | None) -> Float32:
     """`weight` after `rounding`. `calibration` is needed by methods that weigh by it alone."""
     if rounding == "fp32":
@@ -562,14 +550,14 @@ def _perplexity_rows(name: str, checkpoint: Checkpoint, masks: MaskFile, model: 
     exact, _ = model.losses()
     yield PerplexityRow(name, "fp32", "fp32", 0, math.exp(float(np.mean(exact))), 0.0, 0.0, 0.0)
     squares = model.mean_squares([tensor for tensor in masks.names if _input_of(tensor) == tensor])
-    table = checkpoint.read(EMBEDDING)
+    table = checkpoint.read(LLAMA.embedding)
     everything = np.ones(table.shape, dtype=np.bool_)
     with Progress(f"{name}: perplexity", len(_CASES), "cases") as progress:
         for linears, head, group in _CASES:
             for tensor in masks.names:
                 weight, keep = checkpoint.read(tensor), masks.read(tensor)
                 model.replace(tensor, rounded_to(linears, weight, keep, group, squares[_input_of(tensor)]))
-            model.replace(EMBEDDING, rounded_to(head, table, everything, group, None))
+            model.replace(LLAMA.embedding, rounded_to(head, table, everything, group, None))
             found, divergence = model.losses()
             yield PerplexityRow(
                 name,

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from losa_export.checkpoint import read_json
 from losa_export.errors import LosaError
-from losa_export.eval.perplexity import token_nll
-from losa_export.eval.studies.codebooks import kl_divergence, log_softmax, rise
-from losa_export.progress import Progress
+from losa_export.eval.fidelity import fidelity
+from losa_export.eval.studies.codebooks import rise
 from losa_export.runtimes.base import Runtime
 from losa_export.runtimes.detokenize import load_stop_ids
 from losa_export.runtimes.loader import load_runtime
@@ -55,21 +54,14 @@ def compare(runtimes: Sequence[Runtime], windows: NDArray[np.int64], *, show_pro
         windows: (n, tokens) int64 token ids.
         show_progress: False for silence on stderr.
     """
-    losses = np.zeros((len(runtimes), len(windows)))
-    divergences = np.zeros_like(losses)
-    with Progress("comparing", len(windows), "windows", enabled=show_progress) as progress:
-        for place, ids in enumerate(windows):
-            exact: NDArray[np.float32] | None = None
-            for number, runtime in enumerate(runtimes):
-                logits = runtime.prefill(runtime.new_state(1, len(ids)), 0, ids)[:-1]
-                losses[number, place] = token_nll(logits, ids[1:]).mean()
-                found = log_softmax(logits)
-                exact = found if exact is None else exact
-                divergences[number, place] = kl_divergence(exact, found)
-            progress.advance(1)
+    exact, *_ = found = fidelity(runtimes, windows, show_progress=show_progress)
     return [
-        Row(math.exp(float(found.mean())), *rise(losses[0].tolist(), found.tolist()), float(divergence.mean()))
-        for found, divergence in zip(losses, divergences, strict=True)
+        Row(
+            math.exp(float(one.nll.mean())),
+            *rise(exact.nll.tolist(), one.nll.tolist()),
+            float(one.kl_divergence.mean()),
+        )
+        for one in found
     ]
 
 

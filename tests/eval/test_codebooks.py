@@ -16,10 +16,8 @@ from losa_export.eval.studies.codebooks import (
     Method,
     StudyConfig,
     geometric_mean,
-    kl_divergence,
     layer_errors,
     linear_codebook,
-    log_softmax,
     markdown,
     relative_output_error,
     rise,
@@ -116,15 +114,6 @@ def test_rise_and_its_error():
     assert found == pytest.approx(math.exp(0.15) - 1)
     assert error == pytest.approx(math.exp(0.15) * np.std([0.1, 0.2, 0.1, 0.2], ddof=1) / 2)
     assert math.isnan(rise([1.0], [1.0])[1])
-
-
-def test_kl_divergence_of_known_distributions():
-    exact = np.log(np.array([[0.5, 0.5], [0.9, 0.1]], np.float32))
-    rounded = np.log(np.array([[0.25, 0.75], [0.9, 0.1]], np.float32))
-    wanted = (0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75)) / 2
-    assert kl_divergence(exact, rounded) == pytest.approx(wanted, rel=1e-5)
-    logits = np.array([[1000.0, 1001.0]], np.float32)
-    np.testing.assert_allclose(np.exp(log_softmax(logits)).sum(axis=1), 1, rtol=1e-6)
 
 
 def test_a_page_says_which_bars_were_held():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from losa_export.eval.stats import (
     Verdict,
     agree_within,
     expanded_tail,
+    mean_interval,
     median,
     median_absolute_deviation,
     percentiles,
@@ -129,9 +132,16 @@ def test_intervals_cover_the_true_ratio_about_as_often_as_they_claim():
     assert covered / trials >= 0.91
 
 
-@pytest.mark.parametrize(("freedom", "table"), [(3, 3.18245), (5, 2.57058), (10, 2.22814), (29, 2.04523)])
+@pytest.mark.parametrize(
+    ("freedom", "table"), [(1, 12.7062), (2, 4.3027), (3, 3.18245), (5, 2.57058), (10, 2.22814), (29, 2.04523)]
+)
 def test_student_quantiles_equal_the_tables(freedom, table):
     assert student_t_quantile(0.975, freedom) == pytest.approx(table, rel=3e-3)  # the expansion's stated error
+
+
+def test_the_interval_of_a_mean_is_students():
+    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), rel=1e-4)
+    assert mean_interval([4.0]) == (4.0, -math.inf, math.inf)
 
 
 def test_fewer_blocks_cut_off_less_of_the_tail():
