@@ -1,9 +1,9 @@
 """What a decoder is made of: read from `config.json`, checked, and frozen.
 
-The families here share one block: RMS norm, rotary grouped-query attention, RMS norm, SiLU-gated MLP.
-They differ in biases, in norms of queries and keys, in the tied head, and in how rotary frequencies are
-scaled; those are the fields of `DecoderSpec`. A model with anything else is refused by name rather than
-exported wrongly.
+Most families here share one block: RMS norm, rotary grouped-query attention, RMS norm, SiLU-gated MLP. They differ
+in biases, in norms of queries and keys, in the tied head, and in how rotary frequencies are scaled; those are the
+fields of `DecoderSpec`. OPT has a block of its own (`OptSpec`). A model with anything else is refused by name rather
+than exported wrongly.
 """
 
 from __future__ import annotations
@@ -20,16 +20,20 @@ from numpy.typing import NDArray
 from losa_export.checkpoint import CONFIG_FILE, Checkpoint
 from losa_export.config_fields import ConfigFields
 from losa_export.errors import CheckpointError, UnsupportedArchitectureError
-from losa_export.layout import LLAMA
+from losa_export.layout import LAYOUTS, LLAMA, Layout
 
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SUPPORTED = tuple(LAYOUTS)
 
 # Names of the Llama layout, which four families share.
 BLOCK_LINEARS = LLAMA.linears
 
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
+OPT_POSITIONS = "model.decoder.embed_positions.weight"
+OPT_PROJECT_IN = "model.decoder.project_in.weight"
+OPT_PROJECT_OUT = "model.decoder.project_out.weight"
+# OPT's tables of positions begin with rows for two positions that no token has.
+OPT_POSITION_OFFSET = 2
+# OPT's LayerNorms take PyTorch's default, and no field of config.json tells it.
+_OPT_NORM_EPS = 1e-5
 
 RopeKind = Literal["default", "linear", "llama3"]
 _ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3")
@@ -52,8 +56,26 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class OptSpec:
+    """What only OPT has. Its norms are LayerNorms with biases, its MLP is fc2(ReLU(fc1 x)).
+
+    Attributes:
+        embedding_size: of a token's embedding; where it is not the hidden size, two projections lie between them.
+        norm_first: norms stand before attention and MLP; else behind their residual additions (350m).
+        final_norm: one more norm stands before the head.
+    """
+
+    embedding_size: int
+    norm_first: bool
+    final_norm: bool
+
+
+@dataclass(frozen=True)
 class DecoderSpec:
-    """The shape and options of one decoder. Sizes count elements; `attention_bias` is that of q, k and v."""
+    """The shape and options of one decoder. Sizes count elements; `attention_bias` is that of q, k and v.
+
+    Without `rope`, positions are learned, and added to the embeddings.
+    """
 
     architecture: str
     model_type: str
@@ -64,8 +86,8 @@ class DecoderSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rms_norm_eps: float
-    rope: RopeSpec
+    norm_eps: float
+    rope: RopeSpec | None
     max_positions: int
     tied_embeddings: bool
     attention_bias: bool
@@ -76,6 +98,17 @@ class DecoderSpec:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    opt: OptSpec | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """Names of its modules and tensors."""
+        return LAYOUTS[self.architecture]
+
+    @property
+    def embedding_size(self) -> int:
+        """Columns of the embedding, and of the head."""
+        return self.opt.embedding_size if self.opt is not None else self.hidden_size
 
     @classmethod
     def from_config(cls, config: Mapping[str, object], where: Path) -> DecoderSpec:
@@ -92,6 +125,8 @@ class DecoderSpec:
         fields = ConfigFields(config, where)
         architecture = _architecture(config, where)
         family = architecture.removesuffix("ForCausalLM").lower()
+        if family == "opt":
+            return _opt(fields, architecture)
         activation = fields.text("hidden_act", "silu")
         if activation not in ("silu", "swish"):
             raise UnsupportedArchitectureError(
@@ -114,7 +149,7 @@ class DecoderSpec:
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            norm_eps=fields.number("rms_norm_eps", 1e-6),
             rope=_rope(config, where, max_positions),
             max_positions=max_positions,
             tied_embeddings=fields.flag("tie_word_embeddings", False),
@@ -136,41 +171,90 @@ class DecoderSpec:
         return spec
 
 
-def prunable_names(spec: DecoderSpec) -> tuple[str, ...]:
-    """Names of the weights that may be pruned: every linear of every block, in forward order."""
-    return tuple(
-        f"model.layers.{layer}.{linear}.weight" for layer in range(spec.num_layers) for linear in BLOCK_LINEARS
+def _opt(fields: ConfigFields, architecture: str) -> DecoderSpec:
+    """Read an OPT. Raises: as `DecoderSpec.from_config`."""
+    where = fields.where
+    activation = fields.text("activation_function", "relu")
+    if activation != "relu":
+        raise UnsupportedArchitectureError(
+            f"{where}: activation_function is '{activation}'; only 'relu' is supported in OPT", activation=activation
+        )
+    if not fields.flag("layer_norm_elementwise_affine", True):
+        raise UnsupportedArchitectureError(
+            f"{where}: layer_norm_elementwise_affine is false; only norms with weights and biases are supported in OPT"
+        )
+    hidden_size, heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
+    if hidden_size % heads:
+        raise CheckpointError(f"{where}: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
+    bias, norm_first = fields.flag("enable_bias", True), fields.flag("do_layer_norm_before", True)
+    return DecoderSpec(
+        architecture=architecture,
+        model_type="opt",
+        vocab_size=fields.positive("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=fields.positive("ffn_dim"),
+        num_layers=fields.positive("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden_size // heads,
+        norm_eps=_OPT_NORM_EPS,
+        rope=None,
+        max_positions=fields.positive("max_position_embeddings"),
+        tied_embeddings=fields.flag("tie_word_embeddings", True),
+        attention_bias=bias,
+        output_bias=bias,
+        mlp_bias=bias,
+        qk_norm=False,
+        sliding_window=None,
+        bos_token_id=fields.token("bos_token_id"),
+        eos_token_ids=fields.tokens("eos_token_id"),
+        pad_token_id=fields.token("pad_token_id"),
+        opt=OptSpec(
+            embedding_size=fields.positive("word_embed_proj_dim", hidden_size),
+            norm_first=norm_first,
+            final_norm=norm_first and not fields.flag("_remove_final_layer_norm", False),
+        ),
     )
 
 
+def prunable_names(spec: DecoderSpec) -> tuple[str, ...]:
+    """Names of the weights that may be pruned: every linear of every block, in forward order."""
+    layout = spec.layout
+    return tuple(layout.weight(layer, linear) for layer in range(spec.num_layers) for linear in layout.linears)
+
+
 def linear_shape(spec: DecoderSpec, linear: str) -> tuple[int, int]:
-    """(out, in) of a block's linear, named as in `BLOCK_LINEARS`."""
+    """(out, in) of a block's linear, named as in its layout."""
     query, key_value = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     hidden, wide = spec.hidden_size, spec.intermediate_size
     return {
-        "self_attn.q_proj": (query, hidden),
-        "self_attn.k_proj": (key_value, hidden),
-        "self_attn.v_proj": (key_value, hidden),
-        "self_attn.o_proj": (hidden, query),
-        "mlp.gate_proj": (wide, hidden),
-        "mlp.up_proj": (wide, hidden),
-        "mlp.down_proj": (hidden, wide),
-    }[linear]
+        "q_proj": (query, hidden),
+        "k_proj": (key_value, hidden),
+        "v_proj": (key_value, hidden),
+        "o_proj": (hidden, query),
+        "out_proj": (hidden, query),
+        "gate_proj": (wide, hidden),
+        "up_proj": (wide, hidden),
+        "down_proj": (hidden, wide),
+        "fc1": (wide, hidden),
+        "fc2": (hidden, wide),
+    }[linear.rpartition(".")[2]]
 
 
 def linear_has_bias(spec: DecoderSpec, linear: str) -> bool:
-    """Whether a block's linear, named as in `BLOCK_LINEARS`, adds a bias."""
-    if linear.startswith("mlp."):
+    """Whether a block's linear, named as in its layout, adds a bias."""
+    if not linear.startswith("self_attn."):
         return spec.mlp_bias
-    return spec.output_bias if linear == "self_attn.o_proj" else spec.attention_bias
+    return spec.output_bias if linear in ("self_attn.o_proj", "self_attn.out_proj") else spec.attention_bias
 
 
 def tensor_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this spec must hold, and its shape. Others may be present."""
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
+    layout = spec.layout
+    shapes: dict[str, tuple[int, ...]] = {layout.embedding: (spec.vocab_size, spec.embedding_size)}
     for layer in range(spec.num_layers):
-        prefix = f"model.layers.{layer}."
-        for linear in BLOCK_LINEARS:
+        prefix = layout.prefix(layer)
+        for linear in layout.linears:
             shape = linear_shape(spec, linear)
             shapes[f"{prefix}{linear}.weight"] = shape
             if linear_has_bias(spec, linear):
@@ -178,15 +262,34 @@ def tensor_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
         if spec.qk_norm:
             shapes[f"{prefix}self_attn.q_norm.weight"] = (spec.head_dim,)
             shapes[f"{prefix}self_attn.k_norm.weight"] = (spec.head_dim,)
-        shapes[f"{prefix}input_layernorm.weight"] = (spec.hidden_size,)
-        shapes[f"{prefix}post_attention_layernorm.weight"] = (spec.hidden_size,)
-    shapes[FINAL_NORM] = (spec.hidden_size,)
+        for norm in layout.norms:
+            shapes |= _norm_shapes(spec, f"{prefix}{norm}")
+    if spec.opt is None:
+        shapes |= _norm_shapes(spec, layout.final_norm)
+    else:
+        shapes |= _opt_shapes(spec, spec.opt)
     if not spec.tied_embeddings:
-        shapes[HEAD] = (spec.vocab_size, spec.hidden_size)
+        shapes[layout.head] = (spec.vocab_size, spec.embedding_size)
     return shapes
 
 
-def inverse_frequencies(spec: DecoderSpec) -> NDArray[np.float32]:
+def _norm_shapes(spec: DecoderSpec, norm: str) -> dict[str, tuple[int, ...]]:
+    parts = ("weight",) if spec.opt is None else ("weight", "bias")
+    return {f"{norm}.{part}": (spec.hidden_size,) for part in parts}
+
+
+def _opt_shapes(spec: DecoderSpec, opt: OptSpec) -> dict[str, tuple[int, ...]]:
+    """Tensors of OPT outside its blocks, but for embedding and head."""
+    hidden, narrow = spec.hidden_size, opt.embedding_size
+    shapes: dict[str, tuple[int, ...]] = {OPT_POSITIONS: (spec.max_positions + OPT_POSITION_OFFSET, hidden)}
+    if opt.final_norm:
+        shapes |= _norm_shapes(spec, spec.layout.final_norm)
+    if narrow != hidden:
+        shapes |= {OPT_PROJECT_IN: (hidden, narrow), OPT_PROJECT_OUT: (narrow, hidden)}
+    return shapes
+
+
+def inverse_frequencies(rope: RopeSpec, head_dim: int) -> NDArray[np.float32]:
     """Rotary frequencies in radians per position: (head_dim / 2,) float32.
 
     Each step is rounded to float32 where PyTorch's reference rounds: an angle is position times frequency, so
@@ -194,8 +297,7 @@ def inverse_frequencies(spec: DecoderSpec) -> NDArray[np.float32]:
 
     Source: Su et al. 2021, "RoFormer", arXiv:2104.09864; 'llama3' scaling as released with Llama 3.1.
     """
-    rope = spec.rope
-    exponent = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     powers = np.power(rope.theta, exponent.astype(np.float64)).astype(np.float32)
     frequency: NDArray[np.float32] = (np.float32(1.0) / powers).astype(np.float32)
     if rope.kind == "default":
@@ -215,11 +317,11 @@ def inverse_frequencies(spec: DecoderSpec) -> NDArray[np.float32]:
     return result.astype(np.float32)
 
 
-def rotary_caches(spec: DecoderSpec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def rotary_caches(rope: RopeSpec, head_dim: int, max_positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Cosines and sines for every position: two arrays (max_positions, head_dim / 2) float32."""
-    positions = np.arange(spec.max_positions, dtype=np.float32)
+    positions = np.arange(max_positions, dtype=np.float32)
     # The angle is rounded to float32, as the reference does, before its exact cosine is taken.
-    angles = (positions[:, None] * inverse_frequencies(spec)[None, :]).astype(np.float64)
+    angles = (positions[:, None] * inverse_frequencies(rope, head_dim)[None, :]).astype(np.float64)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 

@@ -233,7 +233,8 @@ def _write_model(
     """Build the graph and its data in `folder`; returns the manifest so far."""
     import onnx_ir as ir
 
-    from losa_export.graph.decoder import IR_VERSION, build_decoder
+    from losa_export.graph.build import build_decoder
+    from losa_export.graph.decoder import IR_VERSION
     from losa_export.graph.external import MODEL_FILE, ExternalDataWriter, check_external_data
     from losa_export.graph.formats import value_format
     from losa_export.graph.genai import GENAI_FILE, genai_config

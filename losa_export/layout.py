@@ -17,6 +17,7 @@ class Layout:
         blocks: the module whose children are the decoder blocks, in order.
         inputs: linears of one block, by what they read, in the order in which a token meets them; those of one group
             read the same inputs. These are what gets pruned.
+        norms: modules of one block, that of attention first.
         embedding: the table of token embeddings; with tied embeddings it is the head too.
         final_norm: the module before the head.
         head: the table of scores.
@@ -24,6 +25,7 @@ class Layout:
 
     blocks: str
     inputs: tuple[tuple[str, ...], ...]
+    norms: tuple[str, str]
     embedding: str
     final_norm: str
     head: str = "lm_head.weight"
@@ -59,6 +61,7 @@ LLAMA = Layout(
         ("mlp.gate_proj", "mlp.up_proj"),
         ("mlp.down_proj",),
     ),
+    norms=("input_layernorm", "post_attention_layernorm"),
     embedding="model.embed_tokens.weight",
     final_norm="model.norm",
 )
@@ -71,6 +74,7 @@ OPT = Layout(
         ("fc1",),
         ("fc2",),
     ),
+    norms=("self_attn_layer_norm", "final_layer_norm"),
     embedding="model.decoder.embed_tokens.weight",
     final_norm="model.decoder.final_layer_norm",
 )
@@ -80,6 +84,7 @@ LAYOUTS: dict[str, Layout] = {
     "MistralForCausalLM": LLAMA,
     "Qwen2ForCausalLM": LLAMA,
     "Qwen3ForCausalLM": LLAMA,
+    "OPTForCausalLM": OPT,
 }
 
 

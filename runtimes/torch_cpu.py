@@ -201,7 +201,8 @@ class TorchRuntime:
 
         config = self._model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        empty = torch.zeros(1, config.num_key_value_heads, 0, head_dim)
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        empty = torch.zeros(1, kv_heads, 0, head_dim)
         return [(empty, empty)] * int(config.num_hidden_layers)
 
 

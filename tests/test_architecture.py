@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from losa_export.architecture import (
-    BLOCK_LINEARS,
     SUPPORTED,
     DecoderSpec,
     inverse_frequencies,
@@ -19,6 +18,7 @@ from losa_export.architecture import (
     tensor_shapes,
 )
 from losa_export.errors import CheckpointError, UnsupportedArchitectureError
+from losa_export.layout import INPUT_GROUPS, LAYOUTS, by_inputs, layout_of
 
 WHERE = Path("folder/config.json")
 LLAMA: dict[str, Any] = {
@@ -35,6 +35,18 @@ LLAMA: dict[str, Any] = {
     "bos_token_id": 1,
     "pad_token_id": -1,
 }
+OPT: dict[str, Any] = {
+    "architectures": ["OPTForCausalLM"],
+    "hidden_size": 64,
+    "ffn_dim": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
+    "max_position_embeddings": 256,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
 LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -45,6 +57,10 @@ LLAMA3 = {
 
 def read(**changes: object) -> DecoderSpec:
     return DecoderSpec.from_config(LLAMA | changes, WHERE)
+
+
+def read_opt(**changes: object) -> DecoderSpec:
+    return DecoderSpec.from_config(OPT | changes, WHERE)
 
 
 def test_a_llama_config_gives_its_sizes_and_tokens() -> None:
@@ -91,9 +107,9 @@ def test_rotary_frequencies_are_those_of_transformers(rope: dict[str, Any], head
     module = modeling.LlamaRotaryEmbedding(config)
     spec = read(hidden_size=4 * head_dim, head_dim=head_dim, rope_parameters=rope)
     # One unit in the last place: the two power functions may round one element in a hundred differently.
-    np.testing.assert_allclose(inverse_frequencies(spec), module.inv_freq.numpy(), rtol=1.3e-7, atol=0)
+    np.testing.assert_allclose(inverse_frequencies(spec.rope, head_dim), module.inv_freq.numpy(), rtol=1.3e-7, atol=0)
     cos, sin = module(torch.zeros(1), torch.arange(256)[None])
-    ours = rotary_caches(spec)
+    ours = rotary_caches(spec.rope, head_dim, 256)
     # 256 positions turn that last place into 256 * 1.2e-7 radians.
     np.testing.assert_allclose(ours[0], cos[0, :, : head_dim // 2].numpy(), rtol=0, atol=4e-5)
     np.testing.assert_allclose(ours[1], sin[0, :, : head_dim // 2].numpy(), rtol=0, atol=4e-5)
@@ -128,16 +144,27 @@ def test_a_tied_head_is_no_tensor_of_its_own() -> None:
 
 def test_prunable_names_are_all_linears_of_all_blocks() -> None:
     names = prunable_names(read())
-    assert len(names) == 2 * len(BLOCK_LINEARS)
+    assert len(names) == 2 * 7
     assert names[0] == "model.layers.0.self_attn.q_proj.weight"
     assert set(names) <= set(tensor_shapes(read()))
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
-def test_expected_tensors_are_those_of_transformers(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Llama", {}),
+        ("Mistral", {}),
+        ("Qwen2", {}),
+        ("Qwen3", {}),
+        ("OPT", {"ffn_dim": 88, "tie_word_embeddings": False}),
+        ("OPT", {"do_layer_norm_before": False, "word_embed_proj_dim": 24, "tie_word_embeddings": False}),
+        ("OPT", {"enable_bias": False, "_remove_final_layer_norm": True, "tie_word_embeddings": False}),
+    ],
+)
+def test_expected_tensors_are_those_of_transformers(family: str, changes: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers", reason="needs the 'train' extra")
     config = getattr(transformers, f"{family}Config")(
-        **{key: value for key, value in LLAMA.items() if key not in ("architectures", "pad_token_id")}
+        **{key: value for key, value in LLAMA.items() if key not in ("architectures", "pad_token_id")} | changes
     )
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -145,6 +172,40 @@ def test_expected_tensors_are_those_of_transformers(family: str) -> None:
         tensor_shapes(DecoderSpec.from_config(config.to_dict() | {"architectures": [f"{family}ForCausalLM"]}, WHERE))
         == expected
     )
+
+
+def test_an_opt_config_has_defaults_of_its_own() -> None:
+    spec = read_opt()
+    assert spec.opt is not None
+    assert (spec.rope, spec.norm_eps, spec.num_kv_heads, spec.head_dim) == (None, 1e-5, 4, 16)
+    assert all((spec.tied_embeddings, spec.attention_bias, spec.output_bias, spec.mlp_bias))
+    assert (spec.embedding_size, spec.opt.norm_first, spec.opt.final_norm) == (64, True, True)
+    assert (spec.bos_token_id, spec.eos_token_ids, spec.pad_token_id) == (2, (2,), 1)
+
+
+def test_the_first_linear_that_reads_an_input_stands_for_all() -> None:
+    for layout in LAYOUTS.values():
+        assert len(layout.inputs) == INPUT_GROUPS
+        for linear in layout.linears:
+            assert layout.place(layout.weight(3, linear)) == (3, linear)
+            assert layout.first_reader(layout.first_reader(linear)) == layout.first_reader(linear)
+    assert read_opt().layout.first_reader("self_attn.v_proj") == "self_attn.q_proj"
+
+
+def test_linears_of_a_block_are_told_apart_by_what_they_read() -> None:
+    layout = read_opt().layout
+    names = [layout.weight(1, linear) for linear in reversed(layout.linears)]
+    assert by_inputs(names) == [[layout.weight(1, linear) for linear in group] for group in layout.inputs]
+    assert by_inputs(names[:1]) == [[layout.weight(1, "fc2")]]
+    with pytest.raises(UnsupportedArchitectureError, match=r"are not linears of one block; known are LlamaForCausalLM"):
+        by_inputs([*names, layout.weight(2, "fc1")])
+
+
+def test_a_model_of_another_class_has_no_layout() -> None:
+    with pytest.raises(
+        UnsupportedArchitectureError, match="'.*Path' is no model whose parts are known; known are Llama"
+    ):
+        layout_of(Path())
 
 
 def test_a_window_that_hides_nothing_counts_as_none() -> None:
@@ -185,6 +246,21 @@ def test_an_unsupported_architecture_is_named_with_the_supported_ones() -> None:
 def test_unsupported_parts_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedArchitectureError, match=message):
         read(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation_function": "gelu"}, "activation_function is 'gelu'; only 'relu'"),
+        ({"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine is false"),
+        ({"hidden_size": 66}, "hidden_size 66 is not a multiple of num_attention_heads 4"),
+        ({"ffn_dim": None}, "ffn_dim is missing; it must be a positive integer"),
+        ({"word_embed_proj_dim": 0}, "word_embed_proj_dim is 0; it must be a positive integer"),
+    ],
+)
+def test_what_an_opt_cannot_have_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_opt(**changes)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from losa_export.architecture import EMBEDDING, FINAL_NORM, HEAD, DecoderSpec, linear_has_bias, rotary_caches
+from losa_export.architecture import DecoderSpec, linear_has_bias, rotary_caches
 from losa_export.graph.formats import DOMAIN, DOMAIN_VERSION, format_of
 from losa_export.graph.nodes import NodeList
-from losa_export.graph.profiles import OPSET, Inputs, LayerCache, Profile, ProfileName, make_profile, rms_norm
+from losa_export.graph.profiles import OPSET, Inputs, LayerCache, Profile, ProfileName, rms_norm
 from losa_export.graph.weights import WeightStore
 
 # What ONNX Runtime 1.24 reads; newer readers read it too.
@@ -20,36 +20,37 @@ IR_VERSION = 10
 _TOTAL = "total_sequence"
 
 
-def build_decoder(spec: DecoderSpec, store: WeightStore, profile_name: ProfileName, producer: str) -> ir.Model:
-    """Build the whole model; its weights are written on the way.
+class DecoderBuilder:
+    """Builds one model; its weights are written on the way. This is the family of Llama.
 
     Args:
         spec: the architecture.
         store: reads the checkpoint and writes external data.
-        profile_name: the dialect.
-        producer: version of this program, recorded in the model.
-
-    Returns: a model whose large initializers refer to the data file that `store` writes.
+        profile: the dialect.
     """
-    return _DecoderBuilder(spec, store, make_profile(profile_name, spec)).build(profile_name, producer)
 
-
-class _DecoderBuilder:
     def __init__(self, spec: DecoderSpec, store: WeightStore, profile: Profile) -> None:
         self._spec, self._store, self._profile = spec, store, profile
+        self._layout = spec.layout
         self._nodes = NodeList()
 
     def build(self, profile_name: ProfileName, producer: str) -> ir.Model:
-        spec, store, nodes = self._spec, self._store, self._nodes
+        """Build the whole graph.
+
+        Args:
+            profile_name: of the dialect, recorded in the model.
+            producer: version of this program, recorded in the model.
+
+        Returns: a model whose large initializers refer to the data file that the store writes.
+        """
+        spec, layout, nodes = self._spec, self._layout, self._nodes
         inputs = Inputs(
             input_ids=ir.val("input_ids", ir.DataType.INT64, ["batch", "sequence"]),
             attention_mask=ir.val("attention_mask", ir.DataType.INT64, ["batch", _TOTAL]),
             position_ids=ir.val("position_ids", ir.DataType.INT64, ["batch", "sequence"]),
         )
         graph_inputs = [inputs.input_ids, inputs.attention_mask, inputs.position_ids]
-        x, skip = store.embedding(nodes, inputs.input_ids, EMBEDDING), None
-        cos, sin = rotary_caches(spec)
-        self._profile.prepare(nodes, inputs, store.array("cos_cache", cos), store.array("sin_cache", sin))
+        x, skip = self._begin(inputs)
         presents: list[ir.Value] = []
         for layer in range(spec.num_layers):
             cache = self._cache(layer)
@@ -57,8 +58,9 @@ class _DecoderBuilder:
             x, skip, new = self._block(layer, x, skip, cache)
             presents += new
         nodes.prefix = ""
-        x, _ = self._profile.add_norm(nodes, x, skip, store.plain(FINAL_NORM))
-        logits = store.head(nodes, x, EMBEDDING if spec.tied_embeddings else HEAD, self._profile.head)
+        x = self._end(x, skip)
+        table = layout.embedding if spec.tied_embeddings else layout.head
+        logits = self._store.head(nodes, x, table, self._profile.head)
         logits.type = ir.TensorType(ir.DataType.FLOAT)
         logits.shape = ir.Shape(["batch", "sequence", spec.vocab_size])
         return self._model(graph_inputs, [logits, *presents], profile_name, producer)
@@ -96,11 +98,25 @@ class _DecoderBuilder:
         )
         return LayerCache(past_key, past_value, f"present.{layer}.key", f"present.{layer}.value")
 
+    def _begin(self, inputs: Inputs) -> tuple[ir.Value, ir.Value | None]:
+        """What enters the first block, as x and what is still to be added to it; prepares the profile too."""
+        spec, store = self._spec, self._store
+        x = store.embedding(self._nodes, inputs.input_ids, self._layout.embedding)
+        assert spec.rope is not None
+        cos, sin = rotary_caches(spec.rope, spec.head_dim, spec.max_positions)
+        caches = store.array("cos_cache", cos), store.array("sin_cache", sin)
+        self._profile.prepare(self._nodes, inputs, caches)
+        return x, None
+
+    def _end(self, x: ir.Value, skip: ir.Value | None) -> ir.Value:
+        """What the head reads, of what the last block left."""
+        return self._profile.add_norm(self._nodes, x, skip, self._store.plain(f"{self._layout.final_norm}.weight"))[0]
+
     def _block(
         self, layer: int, x: ir.Value, skip: ir.Value | None, cache: LayerCache
-    ) -> tuple[ir.Value, ir.Value, list[ir.Value]]:
+    ) -> tuple[ir.Value, ir.Value | None, list[ir.Value]]:
         """One transformer block. The last addition is left to the next norm, which fuses it."""
-        nodes, store, prefix = self._nodes, self._store, f"model.layers.{layer}"
+        nodes, store, prefix = self._nodes, self._store, f"{self._layout.blocks}.{layer}"
         nodes.prefix = f"layers.{layer}/"
         normed, residual = self._profile.add_norm(nodes, x, skip, store.plain(f"{prefix}.input_layernorm.weight"))
         if self._profile.takes_packed:
@@ -112,17 +128,21 @@ class _DecoderBuilder:
                 q = self._head_norm(q, f"{prefix}.self_attn.q_norm.weight", self._spec.num_heads)
                 k = self._head_norm(k, f"{prefix}.self_attn.k_norm.weight", self._spec.num_kv_heads)
             attended, *presents = self._profile.attention(nodes, (q, k, v), cache)
-        for present in presents:
-            present.type = ir.TensorType(ir.DataType.FLOAT)
-            present.shape = ir.Shape(["batch", self._spec.num_kv_heads, _TOTAL, self._spec.head_dim])
+        self._type(presents)
         attended = self._linear(attended, layer, "self_attn.o_proj")
         norm_weight = store.plain(f"{prefix}.post_attention_layernorm.weight")
         normed, residual = self._profile.add_norm(nodes, attended, residual, norm_weight)
         return self._linear(self._swiglu(normed, layer), layer, "mlp.down_proj"), residual, presents
 
+    def _type(self, presents: list[ir.Value]) -> None:
+        """Give a layer's new keys and values their type, as outputs of the graph must have one."""
+        for present in presents:
+            present.type = ir.TensorType(ir.DataType.FLOAT)
+            present.shape = ir.Shape(["batch", self._spec.num_kv_heads, _TOTAL, self._spec.head_dim])
+
     def _swiglu(self, x: ir.Value, layer: int) -> ir.Value:
         """silu(gate) · up. Source: Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202."""
-        nodes, prefix = self._nodes, f"model.layers.{layer}.mlp"
+        nodes, prefix = self._nodes, f"{self._layout.blocks}.{layer}.mlp"
         if not linear_has_bias(self._spec, "mlp.gate_proj"):
             fused = self._store.sparse_swiglu(nodes, x, f"{prefix}.gate_proj", f"{prefix}.up_proj")
             if fused is not None:
@@ -133,11 +153,13 @@ class _DecoderBuilder:
     def _linear(self, x: ir.Value, layer: int, *linears: str) -> ir.Value:
         """X Wᵀ (+ b) of linears of one block that read the same x, side by side."""
         bias = linear_has_bias(self._spec, linears[0])
-        return self._store.linear(self._nodes, x, [f"model.layers.{layer}.{name}" for name in linears], bias=bias)
+        return self._store.linear(
+            self._nodes, x, [f"{self._layout.blocks}.{layer}.{name}" for name in linears], bias=bias
+        )
 
     def _head_norm(self, x: ir.Value, weight: str, heads: int) -> ir.Value:
         """RMS norm of each head by itself (Qwen3)."""
         nodes = self._nodes
         split = nodes.add("Reshape", [x, nodes.integers(0, 0, heads, self._spec.head_dim)])
-        normed = rms_norm(nodes, split, self._store.plain(weight), self._spec.rms_norm_eps)
+        normed = rms_norm(nodes, split, self._store.plain(weight), self._spec.norm_eps)
         return nodes.add("Reshape", [normed, nodes.integers(0, 0, -1)])

@@ -61,8 +61,11 @@ class Profile(Protocol):
         """Whether `attention` takes query, key and value side by side in one tensor."""
         ...
 
-    def prepare(self, nodes: NodeList, inputs: Inputs, cos: ir.Value, sin: ir.Value) -> None:
-        """Append what all layers share; called once, before the layers. Caches are (positions, head dim / 2)."""
+    def prepare(self, nodes: NodeList, inputs: Inputs, rotary: tuple[ir.Value, ir.Value] | None) -> None:
+        """Append what all layers share; called once, before the layers.
+
+        `rotary` is cosines and sines, (positions, head dim / 2) each; without them attention does not rotate.
+        """
         ...
 
     def add_norm(
@@ -71,8 +74,17 @@ class Profile(Protocol):
         """RMS norm of x + skip; returns it, and the sum for the next residual."""
         ...
 
+    def add_layer_norm(
+        self, nodes: NodeList, x: ir.Value, skip: ir.Value | None, affine: tuple[ir.Value, ir.Value]
+    ) -> tuple[ir.Value, ir.Value]:
+        """LayerNorm of x + skip with weight and bias; returns it, and the sum for the next residual."""
+        ...
+
     def attention(self, nodes: NodeList, qkv: QueryKeyValue, cache: LayerCache) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Rotary grouped-query attention: output (batch, sequence, heads · head dim), present key and value."""
+        """Grouped-query attention, rotary if `prepare` was given caches.
+
+        Returns: output (batch, sequence, heads · head dim), present key and value.
+        """
         ...
 
     def silu(self, nodes: NodeList, x: ir.Value) -> ir.Value:
@@ -94,6 +106,11 @@ def rms_norm(nodes: NodeList, x: ir.Value, weight: ir.Value, epsilon: float) -> 
     return nodes.add("RMSNormalization", [x, weight], {"axis": -1, "epsilon": epsilon, "stash_type": 1})
 
 
+def layer_norm(nodes: NodeList, x: ir.Value, affine: tuple[ir.Value, ir.Value], epsilon: float) -> ir.Value:
+    """LayerNorm over the last axis, with weight and bias. Source: Ba et al. 2016, arXiv:1607.06450."""
+    return nodes.add("LayerNormalization", [x, *affine], {"axis": -1, "epsilon": epsilon, "stash_type": 1})
+
+
 def rotate(nodes: NodeList, x: ir.Value, rotary: tuple[ir.Value, ir.Value, ir.Value], heads: int) -> ir.Value:
     """Rotary embedding of x (batch, sequence, heads · head dim); `rotary` is cosines, sines and position ids."""
     return nodes.add("RotaryEmbedding", [x, *rotary], {"num_heads": heads})
@@ -107,16 +124,16 @@ class OrtProfile:
     def __init__(self, spec: DecoderSpec) -> None:
         self._spec = spec
         # The operator's own rotation only takes heads of a multiple of 16; the smallest models have 8.
-        self._rotates = spec.head_dim % 16 == 0
+        self._rotates = spec.rope is not None and spec.head_dim % 16 == 0
 
     @property
     def takes_packed(self) -> bool:
         """See `Profile.takes_packed`: unless something has to be done to query and key first."""
-        return self._rotates and not self._spec.qk_norm
+        return (self._rotates or self._spec.rope is None) and not self._spec.qk_norm
 
-    def prepare(self, nodes: NodeList, inputs: Inputs, cos: ir.Value, sin: ir.Value) -> None:
+    def prepare(self, nodes: NodeList, inputs: Inputs, rotary: tuple[ir.Value, ir.Value] | None) -> None:
         """See `Profile.prepare`: per-row lengths, as GroupQueryAttention counts them."""
-        self._rotary = (cos, sin, inputs.position_ids)
+        self._rotary = None if rotary is None else (*rotary, inputs.position_ids)
         lengths = nodes.add("ReduceSum", [inputs.attention_mask, nodes.integers(1)], {"keepdims": 0})
         last = nodes.add("Sub", [lengths, nodes.integer(1)])
         self._last = nodes.add("Cast", [last], {"to": ir.DataType.INT32})
@@ -127,7 +144,7 @@ class OrtProfile:
         self, nodes: NodeList, x: ir.Value, skip: ir.Value | None, weight: ir.Value
     ) -> tuple[ir.Value, ir.Value]:
         """See `Profile.add_norm`: one fused node."""
-        epsilon = self._spec.rms_norm_eps
+        epsilon = self._spec.norm_eps
         if skip is None:
             return rms_norm(nodes, x, weight, epsilon), x
         normed, _, _, total = nodes.add_many(
@@ -139,10 +156,22 @@ class OrtProfile:
         )
         return normed, total
 
+    def add_layer_norm(
+        self, nodes: NodeList, x: ir.Value, skip: ir.Value | None, affine: tuple[ir.Value, ir.Value]
+    ) -> tuple[ir.Value, ir.Value]:
+        """See `Profile.add_layer_norm`: one fused node."""
+        epsilon = self._spec.norm_eps
+        if skip is None:
+            return layer_norm(nodes, x, affine, epsilon), x
+        normed, _, _, total = nodes.add_many(
+            "SkipLayerNormalization", [x, skip, *affine], [None, "", "", None], {"epsilon": epsilon}, domain=CONTRIB
+        )
+        return normed, total
+
     def attention(self, nodes: NodeList, qkv: QueryKeyValue, cache: LayerCache) -> tuple[ir.Value, ir.Value, ir.Value]:
         """See `Profile.attention`. A batch with a past must have one new token a row: the operator's own limit."""
         spec, (q, k, v), fused = self._spec, qkv, self._rotates
-        if not fused:
+        if self._rotary is not None and not fused:
             assert k is not None
             q = rotate(nodes, q, self._rotary, spec.num_heads)
             k = rotate(nodes, k, self._rotary, spec.num_kv_heads)
@@ -154,9 +183,10 @@ class OrtProfile:
             "local_window_size": spec.sliding_window or -1,
         }
         past = [cache.past_key, cache.past_value]
+        rotary = self._rotary if fused else None
         output, key, value = nodes.add_many(
             "GroupQueryAttention",
-            [q, k, v, *past, self._last, self._total, *(self._rotary if fused else ())],
+            [q, k, v, *past, self._last, self._total, *(rotary or ())],
             [None, cache.present_key, cache.present_value],
             attributes,
             domain=CONTRIB,
@@ -181,13 +211,13 @@ class StandardProfile:
     def __init__(self, spec: DecoderSpec) -> None:
         self._spec = spec
 
-    def prepare(self, nodes: NodeList, inputs: Inputs, cos: ir.Value, sin: ir.Value) -> None:
+    def prepare(self, nodes: NodeList, inputs: Inputs, rotary: tuple[ir.Value, ir.Value] | None) -> None:
         """See `Profile.prepare`: one attention mask for all layers, and the shape of the logits.
 
         Query i stands at place past + i. It sees the places up to its own that attention_mask allows, within
         the window; and always itself, since a row that sees nothing would be 0/0 and poison later layers.
         """
-        self._rotary = (cos, sin, inputs.position_ids)
+        self._rotary = None if rotary is None else (*rotary, inputs.position_ids)
         zero, one = nodes.integer(0), nodes.integer(1)
         total = self._size(nodes, inputs.attention_mask)
         past = nodes.add("Sub", [total, self._size(nodes, inputs.input_ids)])
@@ -214,14 +244,22 @@ class StandardProfile:
     ) -> tuple[ir.Value, ir.Value]:
         """See `Profile.add_norm`."""
         total = x if skip is None else nodes.add("Add", [x, skip])
-        return rms_norm(nodes, total, weight, self._spec.rms_norm_eps), total
+        return rms_norm(nodes, total, weight, self._spec.norm_eps), total
+
+    def add_layer_norm(
+        self, nodes: NodeList, x: ir.Value, skip: ir.Value | None, affine: tuple[ir.Value, ir.Value]
+    ) -> tuple[ir.Value, ir.Value]:
+        """See `Profile.add_layer_norm`."""
+        total = x if skip is None else nodes.add("Add", [x, skip])
+        return layer_norm(nodes, total, affine, self._spec.norm_eps), total
 
     def attention(self, nodes: NodeList, qkv: QueryKeyValue, cache: LayerCache) -> tuple[ir.Value, ir.Value, ir.Value]:
         """See `Profile.attention`; the cache grows by concatenation inside Attention."""
         spec, (q, k, v) = self._spec, qkv
-        assert k is not None
-        q = rotate(nodes, q, self._rotary, spec.num_heads)
-        k = rotate(nodes, k, self._rotary, spec.num_kv_heads)
+        if self._rotary is not None:
+            assert k is not None
+            q = rotate(nodes, q, self._rotary, spec.num_heads)
+            k = rotate(nodes, k, self._rotary, spec.num_kv_heads)
         attributes = {
             "q_num_heads": spec.num_heads,
             "kv_num_heads": spec.num_kv_heads,
@@ -241,6 +279,6 @@ class StandardProfile:
 
     def head(self, nodes: NodeList, x: ir.Value, table: ir.Value) -> ir.Value:
         """See `Profile.head`: Gemm reads the table transposed, but only knows matrices."""
-        flat = nodes.add("Reshape", [x, nodes.constant(np.array([-1, self._spec.hidden_size], dtype=np.int64))])
+        flat = nodes.add("Reshape", [x, nodes.constant(np.array([-1, self._spec.embedding_size], dtype=np.int64))])
         scores = nodes.add("Gemm", [flat, table], {"transB": 1})
         return nodes.add("Reshape", [scores, self._logits_shape], output="logits")

@@ -49,6 +49,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-window": ("Mistral", {"sliding_window": 4}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
+    "opt": ("OPT", {"ffn_dim": 88}),
+    "opt-350m": ("OPT", {"ffn_dim": 88, "do_layer_norm_before": False, "word_embed_proj_dim": 40}),
+    "opt-plain": (
+        "OPT",
+        {"ffn_dim": 88, "enable_bias": False, "tie_word_embeddings": False, "_remove_final_layer_norm": True},
+    ),
 }
 
 
@@ -81,7 +87,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
                 tensor.uniform_(0.5, 1.5)
             else:  # wide enough that attention is not uniform
                 tensor.normal_(0, 0.2)
-            if "proj" in name and tensor.ndim == 2:
+            if "layers" in name and tensor.ndim == 2:
                 tensor.mul_(torch.rand_like(tensor) < 0.3)
     folder = tmp_path_factory.mktemp(request.param) / "checkpoint"
     model.save_pretrained(folder)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from losa_export.architecture import BLOCK_LINEARS
+from losa_export.layout import LLAMA
 from losa_export.training.calibration import capture_block_inputs, input_square_sums, run_block
 
 ModelMaker = Callable[..., nn.Module]
@@ -58,15 +58,15 @@ def test_square_sums_are_those_of_the_inputs_of_each_linear(make_model: ModelMak
     model = make_model("Llama")
     block = blocks_of(model)[0]
     batches = capture_block_inputs(model, blocks_of(model), windows(), 2)
-    linears = {path: block.get_submodule(path) for path in BLOCK_LINEARS}
+    linears = {path: block.get_submodule(path) for path in LLAMA.linears}
     sums = input_square_sums(block, 0, linears, batches)
     entering = block.get_submodule("input_layernorm")(torch.cat([batch.hidden for batch in batches]))
     expected = entering.double().square().sum(dim=(0, 1))
-    for path in BLOCK_LINEARS[:3]:
+    for path in LLAMA.linears[:3]:
         # 1e-6 relative: float32 squares, summed over 24 tokens before float64 takes over
         torch.testing.assert_close(sums[path].double(), expected, rtol=1e-6, atol=0)
     assert {path: total.shape for path, total in sums.items()} == {
-        path: (linears[path].in_features,) for path in BLOCK_LINEARS
+        path: (linears[path].in_features,) for path in LLAMA.linears
     }
     assert all(total.dtype == torch.float32 for total in sums.values())
     assert not block.get_submodule("mlp.up_proj")._forward_pre_hooks

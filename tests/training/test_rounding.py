@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from losa_export.architecture import BLOCK_LINEARS
 from losa_export.errors import CheckpointError
+from losa_export.layout import LLAMA
 from losa_export.quantise import quantise_int4
 from losa_export.training.rounding import CalibratedRounding
 
@@ -33,7 +33,7 @@ def prune(model: nn.Module) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(3)
     keeps = {}
     for index in range(len(list(model.get_submodule("model.layers").children()))):
-        for linear in BLOCK_LINEARS:
+        for linear in LLAMA.linears:
             name = f"model.layers.{index}.{linear}"
             weight = model.get_parameter(f"{name}.weight")
             keeps[name] = generator.random(tuple(weight.shape)) < 0.5
