@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from losa_export.architecture import BLOCK_LINEARS
 from losa_export.errors import ConfigError, LosaError, MissingDependencyError
 from losa_export.eval.stats import median, median_absolute_deviation
+from losa_export.layout import LLAMA
 
 VARIANTS = ("exact", "lors", "peft")
 _WARMUP_STEPS = 2
@@ -159,7 +159,7 @@ def make_step(config: StepBenchConfig, variant: str) -> Step:
     ids = torch.randint(_VOCABULARY, (config.batch, config.window))
 
     def step() -> None:
-        loss(ids).backward()
+        loss(ids).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -171,7 +171,7 @@ def _adapt_by_peft(model: Any, config: StepBenchConfig) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise MissingDependencyError.for_extra("peft", "peft", "the comparison with PEFT's LoRA") from None
-    names = [path.rpartition(".")[2] for path in BLOCK_LINEARS]
+    names = [path.rpartition(".")[2] for path in LLAMA.linears]
     settings = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, lora_dropout=0.0, target_modules=names)
     inject_adapter_in_model(settings, model)
 
@@ -182,8 +182,8 @@ def _adapt_by_mask(model: Any, config: StepBenchConfig, operator: Any) -> None:
     from losa_export.training.adapter import MaskedLoRALinear
 
     generator = torch.Generator().manual_seed(config.seed)
-    for block in model.get_submodule("model.layers").children():
-        for path in BLOCK_LINEARS:
+    for block in model.get_submodule(LLAMA.blocks).children():
+        for path in LLAMA.linears:
             parent, _, attribute = path.rpartition(".")
             layer = MaskedLoRALinear(
                 block.get_submodule(path),

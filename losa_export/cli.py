@@ -420,12 +420,15 @@ def _train(arguments: argparse.Namespace) -> int:
 
     config = _train_config(arguments)
     from losa_export.training.plot import check_plotting, plot_rounds
+    from losa_export.training.processes import is_first_process
     from losa_export.training.train import train
 
     if arguments.plot:
         check_plotting()
 
     result = train(config, resume=arguments.resume)
+    if not is_first_process():
+        return 0 if result.status == "completed" else EXIT_INTERRUPTED
     if result.status == "interrupted":
         print("losa: interrupted; everything is saved, go on with the same command and --resume", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class RoundRecord:
         steps: optimizer steps.
         tokens: tokens trained on.
         losses: training loss of every step, in order.
+        loss_terms: "cross_entropy", "kl" and "squarehead" of every step, as far as the loss adds them up, without
+            their weights; empty where it is the cross-entropy alone.
         learning_rate_last: rate of the last step; None without steps.
         prune_seconds: calibration and pruning, wall time.
         tune_seconds: optimizer steps, wall time.
@@ -61,6 +63,7 @@ class RoundRecord:
     block_outliers: tuple[float, ...] = ()
     rmi_row_sums: tuple[float, ...] = ()
     measure_seconds: float = 0.0
+    loss_terms: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def loss_first(self) -> float | None:
@@ -79,10 +82,13 @@ class RoundRecord:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RoundRecord:
-        """The inverse of `to_json`."""
-        fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+        """The inverse of `to_json`. What a journal of an earlier release lacks takes its default."""
+        fields: dict[str, Any] = {
+            entry.name: values[entry.name] for entry in dataclasses.fields(cls) if entry.name in values
+        }
         fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-        fields["block_fits"] = tuple((before, after) for before, after in fields["block_fits"])
+        fields["block_fits"] = tuple((before, after) for before, after in fields.get("block_fits", ()))
+        fields["loss_terms"] = {name: tuple(term) for name, term in fields.get("loss_terms", {}).items()}
         return cls(**fields)
 
 

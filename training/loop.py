@@ -13,8 +13,9 @@ from torch import Tensor
 
 from losa_export.training.adapter import MaskedLoRALinear
 from losa_export.training.config import TrainConfig
-from losa_export.training.loss import CausalLoss, Objective
+from losa_export.training.loss import CausalLoss, Losses, Objective
 from losa_export.training.model import AdaptedModel
+from losa_export.training.processes import Processes
 from losa_export.training.rank import MOMENTS, resize
 
 # Examples of like length are put together within so many batches, which the shuffle has brought together.
@@ -100,6 +101,7 @@ class Tuner:
         self._data = data
         self._config = config
         self._accelerator = accelerator
+        self._processes = Processes(accelerator)
         self._parameters = [
             parameter for layer in adapted.layers.values() for parameter in (layer.lora_A, layer.lora_B)
         ]
@@ -109,21 +111,25 @@ class Tuner:
             CausalLoss(
                 adapted.model,
                 Objective(config.kl_weight, config.squarehead_weight, config.gradient_checkpointing),
+                self._processes.mean,
             ),
             self._adamw,
         )
 
-    def step(self, number: int, rate: float) -> float:
-        """One optimizer step on batch `number` at learning rate `rate`. Returns: the loss before it."""
+    def step(self, number: int, rate: float) -> Losses[float]:
+        """One optimizer step on batch `number` at learning rate `rate`. Returns: the losses before it.
+
+        Each process takes every so many'th window; losses and gradients are those of the whole batch.
+        """
         mine = slice(self._accelerator.process_index, None, self._accelerator.num_processes)
         batch, lengths = self._data.batch(number)[mine], self._data.lengths(number)
         device = self._accelerator.device
         with self._dropping(number):
             if lengths is None:
-                loss = self._module(torch.from_numpy(batch).to(device))
+                losses = self._module(torch.from_numpy(batch).to(device))
             else:
-                loss = self._module(torch.from_numpy(batch).to(device), torch.from_numpy(lengths[mine]).to(device))
-            self._accelerator.backward(loss)
+                losses = self._module(torch.from_numpy(batch).to(device), torch.from_numpy(lengths[mine]).to(device))
+            self._accelerator.backward(losses.total)
         if self._config.gradient_clip > 0.0:
             self._accelerator.clip_grad_norm_(self._parameters, self._config.gradient_clip)
         decay_active(self._adapted.layers.values(), rate * self._config.weight_decay)
@@ -131,7 +137,7 @@ class Tuner:
             group["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return float(self._accelerator.reduce(loss.detach(), reduction="mean"))
+        return Losses(*self._processes.mean(torch.stack([value.detach() for value in losses])).tolist())
 
     def tokens(self, number: int) -> int:
         """Tokens that step `number` trains on."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +33,25 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, teacher: Tensor | None, kl_weight: float
-    ) -> Tensor:
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        teacher: Tensor | None,
+        kl_weight: float,
+        count: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         rows = hidden.shape[0]
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        surprise = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        divergence = torch.zeros_like(surprise)
+        divisor = count.to(torch.promote_types(hidden.dtype, torch.float32))
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, rows, _CHUNK_ROWS):
             part = slice(start, start + _CHUNK_ROWS)
             logits = _logits(hidden[part], head)
             log_sum = logits.logsumexp(dim=1, keepdim=True)
             wanted = targets[part].unsqueeze(1)
-            total += (log_sum - logits.gather(1, wanted)).sum(dtype=torch.float64)
+            surprise += (log_sum - logits.gather(1, wanted)).sum(dtype=torch.float64)
             expected = None
             if teacher is not None:
                 log_expected = _logits(teacher[part], head)
@@ -51,25 +59,52 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 expected = log_expected.exp()
                 log_expected += log_sum
                 log_expected -= logits
-                total += kl_weight * (log_expected.mul_(expected)).sum(dtype=torch.float64)
+                divergence += log_expected.mul_(expected).sum(dtype=torch.float64)
             if grad is not None:
                 probabilities = logits.sub_(log_sum).exp_()
                 if expected is not None:
                     probabilities.mul_(1.0 + kl_weight).sub_(expected, alpha=kl_weight)
                 probabilities.scatter_add_(1, wanted, torch.full_like(log_sum, -1.0))
-                grad[part] = (probabilities.to(head.dtype) @ head).div_(rows)
+                grad[part] = (probabilities.to(head.dtype) @ head).div_(divisor)
         ctx.save_for_backward(grad)
-        return (total / rows).to(torch.promote_types(hidden.dtype, torch.float32))
+        surprise, divergence = surprise / count, divergence / count
+        parts = surprise.to(divisor.dtype), divergence.to(divisor.dtype)
+        ctx.mark_non_differentiable(*parts)
+        return (surprise + kl_weight * divergence).to(divisor.dtype), *parts
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_output.to(grad.dtype), None, None, None, None
+        return grad * grad_output.to(grad.dtype), None, None, None, None, None
 
 
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:
     return functional.linear(hidden, head).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+Value = TypeVar("Value")
+Average = Callable[[Tensor], Tensor]
+
+
+class Losses(NamedTuple, Generic[Value]):
+    """A loss and its terms: total = cross_entropy + λ₁·kl + λ₂·squarehead. The total alone has a gradient.
+
+    Attributes:
+        total: what training minimises.
+        cross_entropy: mean negative log-likelihood of a token.
+        kl: KL(dense ‖ sparse) of a token's prediction; 0 where it is not asked for.
+        squarehead: sum over blocks of `relative_error`; 0 where it is not asked for.
+    """
+
+    total: Value
+    cross_entropy: Value
+    kl: Value
+    squarehead: Value
+
+
+def _alone(values: Tensor) -> Tensor:
+    return values
 
 
 def next_token_loss(
@@ -79,7 +114,8 @@ def next_token_loss(
     lengths: Tensor | None = None,
     teacher: Tensor | None = None,
     kl_weight: float = 0.0,
-) -> Tensor:
+    average: Average = _alone,
+) -> Losses[Tensor]:
     """Mean negative log-likelihood of every token but the first of each window, and λ₁·KL on demand.
 
     Args:
@@ -90,7 +126,9 @@ def next_token_loss(
             the end and counts neither as a target nor in the mean.
         teacher: final hidden states of the dense model, shaped as `hidden`; None without distillation.
         kl_weight: λ₁ of Σ_v p_T(v)·(ln p_T(v) − ln p(v)), at temperature 1, averaged over the same tokens.
-    Returns: scalar, float32 or better; sums are float64.
+        average: takes a tensor's mean over the processes of a run. The mean of their losses is then the mean over the
+            tokens of all of them, however those are shared out.
+    Returns: scalars, float32 or better; sums are float64.
     """
     states, targets = hidden[:, :-1].reshape(-1, hidden.shape[-1]), input_ids[:, 1:].reshape(-1)
     wisdom = None if teacher is None else teacher[:, :-1].reshape(-1, hidden.shape[-1])
@@ -98,8 +136,11 @@ def next_token_loss(
         counted = valid_tokens(lengths, input_ids.shape[1])[:, 1:].reshape(-1)
         states, targets = states[counted], targets[counted]
         wisdom = None if wisdom is None else wisdom[counted]
-    loss: Tensor = _FrozenHeadLoss.apply(states, head, targets, wisdom, kl_weight)  # type: ignore[no-untyped-call]
-    return loss
+    count = average(torch.tensor(float(targets.numel()), dtype=torch.float64, device=hidden.device))
+    total, surprise, divergence = _FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]
+        states, head, targets, wisdom, kl_weight, count
+    )
+    return Losses(total, surprise, divergence, torch.zeros_like(surprise))
 
 
 def valid_tokens(lengths: Tensor, tokens: int) -> Tensor:
@@ -111,21 +152,18 @@ class _RelativeError(torch.autograd.Function):
     """‖h − h_T‖² / ‖h_T‖² over the valid tokens. Only references to h and h_T are kept; h_T gets no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, teacher: Tensor, valid: Tensor | None, energy: Tensor) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        difference, reference = _difference(hidden, teacher, valid), teacher.to(exact)
-        if valid is not None:
-            reference = reference * valid.unsqueeze(-1)
-        energy = reference.square().sum(dtype=torch.float64).clamp_min(torch.finfo(torch.float32).tiny)
+        difference = _difference(hidden, teacher, valid)
         ctx.save_for_backward(hidden, teacher, valid, energy)
         return (difference.square().sum(dtype=torch.float64) / energy).to(exact)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         hidden, teacher, valid, energy = ctx.saved_tensors
         scale = (2.0 * grad_output.double() / energy).to(torch.promote_types(hidden.dtype, torch.float32))
-        return _difference(hidden, teacher, valid).mul_(scale).to(hidden.dtype), None, None
+        return _difference(hidden, teacher, valid).mul_(scale).to(hidden.dtype), None, None, None
 
 
 def _difference(hidden: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
@@ -134,19 +172,31 @@ def _difference(hidden: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor
     return difference if valid is None else difference.mul_(valid.unsqueeze(-1))
 
 
-def relative_error(hidden: Tensor, teacher: Tensor, lengths: Tensor | None = None) -> Tensor:
+def energy_of(teacher: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """‖h_T‖² over the valid tokens, float64 and above zero; arguments as in `relative_error`."""
+    reference = teacher.to(torch.promote_types(teacher.dtype, torch.float32))
+    if lengths is not None:
+        reference = reference * valid_tokens(lengths, teacher.shape[1]).unsqueeze(-1)
+    return reference.square().sum(dtype=torch.float64).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def relative_error(
+    hidden: Tensor, teacher: Tensor, lengths: Tensor | None = None, energy: Tensor | None = None
+) -> Tensor:
     """One block's term of SquareHead: ‖h − h_T‖² / ‖h_T‖².
 
     Args:
         hidden: (windows, tokens, hidden) output of the block.
         teacher: the dense block's, likewise; without gradient.
         lengths: (windows,) int64 tokens that are no padding; None where all are.
+        energy: divides the error in place of ‖h_T‖²: its mean over the processes that share a batch.
     Returns: scalar, float32 or better.
     Source: Kurtic et al. 2023, "Sparse Fine-tuning for Inference Acceleration of Large Language Models",
         arXiv:2310.06927.
     """
     valid = None if lengths is None else valid_tokens(lengths, hidden.shape[1])
-    error: Tensor = _RelativeError.apply(hidden, teacher, valid)  # type: ignore[no-untyped-call]
+    energy = energy_of(teacher, lengths) if energy is None else energy
+    error: Tensor = _RelativeError.apply(hidden, teacher, valid, energy)  # type: ignore[no-untyped-call]
     return error
 
 
@@ -176,23 +226,29 @@ class CausalLoss(nn.Module):
     Args:
         model: the model, with its parts where `losa_export.layout` says.
         objective: what to add up; plain cross-entropy if not given.
+        average: takes a tensor's mean over the processes of a run, which the caller takes of losses and gradients
+            too: they are then those of the whole batch. One process alone if not given.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective | None = None) -> None:
+    def __init__(self, model: nn.Module, objective: Objective | None = None, average: Average = _alone) -> None:
         super().__init__()
         self.causal_model = model
         self.objective = objective or Objective()
+        self._average = average
 
-    def forward(self, input_ids: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Loss of (windows, tokens) int64; `lengths`, (windows,) int64, tells padding at the end of windows."""
+    def forward(self, input_ids: Tensor, lengths: Tensor | None = None) -> Losses[Tensor]:
+        """Losses of (windows, tokens) int64; `lengths`, (windows,) int64, tells padding at the end of windows."""
         objective, layout = self.objective, layout_of(self.causal_model)
         head = self.causal_model.get_parameter(layout.head)
         blocks = tuple(self.causal_model.get_submodule(layout.blocks).children())
         teacher = self._teach(input_ids, blocks) if objective.distils else _Teacher(None, ())
+        energies: Sequence[Tensor] = ()
+        if teacher.blocks:
+            energies = self._average(torch.stack([energy_of(output, lengths) for output in teacher.blocks])).unbind()
         errors: list[Tensor] = []
 
         def compare(index: int, output: Tensor) -> None:
-            errors.append(relative_error(output, teacher.blocks[index], lengths))
+            errors.append(relative_error(output, teacher.blocks[index], lengths, energies[index]))
 
         with contextlib.ExitStack() as stack:
             if objective.checkpointing:
@@ -201,15 +257,20 @@ class CausalLoss(nn.Module):
                 stack.enter_context(_watched(blocks, compare))
             hidden = self._hidden(input_ids)
         # Padding stands behind all that is read, so causal attention needs no mask for it.
-        loss = next_token_loss(
+        losses = next_token_loss(
             hidden,
             head,
             input_ids,
             lengths,
             teacher.final if objective.kl_weight > 0.0 else None,
             objective.kl_weight,
+            self._average,
         )
-        return loss + objective.squarehead_weight * torch.stack(errors).sum() if errors else loss
+        if not errors:
+            return losses
+        error = torch.stack(errors).sum()
+        total = losses.total + objective.squarehead_weight * error
+        return losses._replace(total=total, squarehead=error.detach())
 
     def _hidden(self, input_ids: Tensor) -> Tensor:
         output = self.causal_model.get_submodule("model")(input_ids=input_ids, use_cache=False)

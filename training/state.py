@@ -47,6 +47,7 @@ class RunState:
         block_outliers: this round's share of outliers of each block; empty if it was not measured.
         rmi: this round's mutual information between blocks, a list for each; empty if it was not measured.
         losses: losses of this round's steps.
+        loss_terms: their terms by name, where they have more than one.
         elapsed_seconds: working time of the whole run, over all its sessions.
         measure_seconds: this round's time for measuring what the sparsity allocator asks; part of `prune_seconds`.
         prune_seconds: this round's pruning time.
@@ -69,6 +70,7 @@ class RunState:
     block_outliers: list[float] = field(default_factory=list)
     rmi: list[list[float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    loss_terms: dict[str, list[float]] = field(default_factory=dict)
     elapsed_seconds: float = 0.0
     measure_seconds: float = 0.0
     prune_seconds: float = 0.0

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+# A launcher of several processes passes on what the terminal has already sent to each of them.
+_SAME_REQUEST_S = 1.0
 
 
 class StoppedError(Exception):
@@ -16,10 +20,15 @@ class StopRequest:
     """While it is open, the first SIGINT or SIGTERM is only noted; a second one acts at once.
 
     Outside the main thread signals cannot be caught, and it does nothing.
+
+    Args:
+        echoed: whether a launcher may repeat a signal: what comes within a second of the first is then the same one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, echoed: bool = False) -> None:
         self.requested = False
+        self._echoed = echoed
+        self._noted_at = 0.0
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -33,9 +42,15 @@ class StopRequest:
     ) -> None:
         self._restore()
 
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
-        self.requested = True
-        self._restore()
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.requested:
+            self.requested, self._noted_at = True, now
+            if not self._echoed:
+                self._restore()
+        elif now - self._noted_at > _SAME_REQUEST_S:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._former.items():

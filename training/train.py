@@ -6,8 +6,8 @@ import importlib.metadata
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,11 +33,13 @@ from losa_export.training.allocation import (
 from losa_export.training.config import CONFIG_FILE, TrainConfig, to_table, write_toml
 from losa_export.training.journal import JOURNAL_FILE, RoundRecord, write_journal
 from losa_export.training.loop import Tuner, TuningData
+from losa_export.training.loss import Losses
 from losa_export.training.measure import Measurements, measure_blocks
 from losa_export.training.model import AdaptedModel, choose_compute, choose_device, load_adapted_model
 from losa_export.training.outputs import ADAPTER_FOLDER, MASKS_FILE, write_outputs
 from losa_export.training.plot import PLOT_FILE
 from losa_export.training.preflight import TrainInputs, check_inputs, one_shot_config
+from losa_export.training.processes import Processes
 from losa_export.training.prune import prune_blocks
 from losa_export.training.reconstruct import Reconstructor, ReconstructSettings
 from losa_export.training.rule import PruneRule
@@ -99,12 +101,16 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step, for those who watch. `step` counts from 0 within the round; `loss` is that before it."""
+    """One optimizer step, for those who watch. `step` counts from 0 within the round; `loss` is that before it.
+
+    `terms` are the parts of the loss as `RoundRecord.loss_terms` names them, where it has more than one.
+    """
 
     round_number: int
     step: int
     loss: float
     learning_rate: float
+    terms: Mapping[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -150,7 +156,7 @@ def train(
         save_state(config.output, state, {}, inputs.fingerprint)
     session = _Session(config, inputs, state, accelerator, show_progress, on_step, clock)
     try:
-        with StopRequest() as stop:
+        with StopRequest(echoed=session.processes.count > 1) as stop:
             session.run(tensors, stop)
     except StoppedError:
         return TrainResult(config.output, "interrupted", tuple(state.records), state.elapsed_seconds)
@@ -166,9 +172,11 @@ def one_shot(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
 
 
 def _accelerator(config: TrainConfig) -> Any:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    accelerator = Accelerator(cpu=choose_device(config.device).type == "cpu")
+    # Buffers, the masks among them, change in the pruning step alone, which sees to it that all processes agree.
+    settings = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(cpu=choose_device(config.device).type == "cpu", kwargs_handlers=[settings])
     if config.batch_size % accelerator.num_processes:
         raise ConfigError(
             f"batch_size is {config.batch_size}, which {accelerator.num_processes} processes cannot share evenly; "
@@ -215,6 +223,7 @@ class _Session:
         self.config, self.inputs, self.state = config, inputs, state
         self.on_step, self.clock = on_step, clock
         self.accelerator = accelerator
+        self.processes = Processes(accelerator)
         self.writes = bool(self.accelerator.is_main_process)
         self.shows = show_progress and self.writes
         self.compute = choose_compute(config.compute, config.dtype, self.accelerator.device)
@@ -244,6 +253,7 @@ class _Session:
         self.save(keep_tensors=False)
         if self.writes:
             drop_spare(self.config.output)
+        self.accelerator.wait_for_everyone()
 
     def tick(self) -> float:
         """Add the time since the last tick to the run's working time. Returns: those seconds.
@@ -251,13 +261,14 @@ class _Session:
         Several processes go by the first one's clock, or they would plan different numbers of steps.
         """
         now = self.clock()
-        passed, self.ticked = now - self.ticked, now
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            (passed,) = broadcast_object_list([passed])
+        passed, self.ticked = self.processes.first(now - self.ticked), now
         self.state.elapsed_seconds += passed
         return passed
+
+    def _check(self, stop: StopRequest) -> None:
+        """Raises: StoppedError in every process if one of them was asked to stop."""
+        if self.processes.any(stop.requested):
+            raise StoppedError
 
     def save(self, *, keep_tensors: bool = True) -> None:
         """Write the state to the disk."""
@@ -292,8 +303,9 @@ class _Session:
                 block_sparsities=np.array(config.block_sparsities) if config.block_sparsities else None,
             ),
         )
+        targets = self.processes.first(targets)
         reconstructor = self._reconstructor()
-        stop.check()
+        self._check(stop)
         title = f"round {state.round_number}/{config.rounds}, pruning to {target:.1%}"
         self.tick()
         with Progress(title, counts.size, "blocks", enabled=self.shows) as progress:
@@ -303,7 +315,7 @@ class _Session:
                     progress.advance()
                 else:
                     progress.advance(error=str(reconstructor.results[block]))
-                stop.check()
+                self._check(stop)
 
             errors = prune_blocks(
                 self.adapted,
@@ -315,6 +327,7 @@ class _Session:
                 on_block=on_block,
                 reconstructor=reconstructor,
             )
+        errors = self.processes.first(errors)
         ranks_before = np.array(state.block_ranks or [config.rank] * counts.size, dtype=np.int64)
         mean_rank = config.mean_rank(state.round_number)
         rank_inputs = RankInputs(state.round_number, config.rounds, 1, config.max_rank, ranks_before, errors)
@@ -327,10 +340,22 @@ class _Session:
         fits = reconstructor.results if reconstructor is not None else []
         state.block_fits = [(fit.error_before, fit.error_after) for fit in fits]
         self.tuner.resize(self._layer_ranks())
+        self._agree()
         state.prune_seconds = state.measure_seconds + self.tick()
         state.plan, state.allotted_seconds = self._plan_round()
         state.phase = "tune"
         self.save()
+
+    def _agree(self) -> None:
+        """Take over the first process's masks, weights, adapters and moments, as its pruning has left them."""
+        if self.processes.count == 1:
+            return
+        for layer in self.adapted.layers.values():
+            kept = layer.kept.to(torch.uint8)
+            self.processes.copy_first([kept])
+            layer.set_mask(kept.bool())
+        weights = base_weights.state_tensors(self.adapted).values()
+        self.processes.copy_first([*weights, *self.tuner.tensors().values()])
 
     def _measure(self, stop: StopRequest) -> Measurements:
         """What the sparsity allocator wants to know of the model as the last round left it."""
@@ -346,7 +371,7 @@ class _Session:
 
             def on_block(_: int) -> None:
                 progress.advance()
-                stop.check()
+                self._check(stop)
 
             return measure_blocks(
                 self.adapted,
@@ -407,20 +432,31 @@ class _Session:
             progress.advance(state.tune_seconds if timed else state.step)
             while state.step < state.plan.end_step:
                 rate = config.learning_rate * state.plan.rate_factor(state.step)
-                loss = self.tuner.step(state.total_steps, rate)
+                losses = self.tuner.step(state.total_steps, rate)
                 seconds = self.tick()
-                state.losses.append(loss)
+                state.losses.append(losses.total)
+                terms = self._terms(losses)
+                for name, value in terms.items():
+                    state.loss_terms.setdefault(name, []).append(value)
                 state.tune_seconds += seconds
                 state.step += 1
                 state.total_steps += 1
                 self._replan()
-                self._show(progress, loss, seconds, timed)
+                self._show(progress, losses.total, terms, seconds, timed)
                 if self.on_step is not None:
-                    self.on_step(StepRecord(state.round_number, state.step - 1, loss, rate))
+                    self.on_step(StepRecord(state.round_number, state.step - 1, losses.total, rate, terms))
                 due = state.elapsed_seconds - self.saved_at >= config.save_every_seconds
-                if (due or stop.requested) and state.step < state.plan.end_step:
+                stopping = self.processes.any(stop.requested)
+                if (due or stopping) and state.step < state.plan.end_step:
                     self.save()
-                    stop.check()
+                    if stopping:
+                        raise StoppedError
+
+    def _terms(self, losses: Losses[float]) -> dict[str, float]:
+        """What a loss is made of, by name, if that is more than the cross-entropy."""
+        asked = {"kl": self.config.kl_weight > 0.0, "squarehead": self.config.squarehead_weight > 0.0}
+        names = [name for name, wanted in asked.items() if wanted]
+        return {name: getattr(losses, name) for name in ("cross_entropy", *names)} if names else {}
 
     def _replan(self) -> None:
         """With a time budget, correct the number of steps when the measured speed asks for it."""
@@ -438,9 +474,10 @@ class _Session:
         if first or abs(fitting - state.plan.end_step) > max(1.0, _REPLAN_TOLERANCE * state.plan.end_step):
             state.plan = state.plan.corrected(state.step, fitting)
 
-    def _show(self, progress: Progress, loss: float, seconds: float, timed: bool) -> None:
+    def _show(self, progress: Progress, loss: float, terms: Mapping[str, float], seconds: float, timed: bool) -> None:
         tokens = self.tuner.tokens(self.state.total_steps - 1)
-        fields = {"loss": f"{loss:.3f}", "tokens/s": f"{tokens / max(seconds, 1e-9):.0f}"}
+        fields = {"loss": f"{loss:.3f}", **{name.replace("_", "-"): f"{value:.3f}" for name, value in terms.items()}}
+        fields["tokens/s"] = f"{tokens / max(seconds, 1e-9):.0f}"
         left = self._seconds_left()
         if left is not None:
             fields["whole run"] = f"{duration(left)} left"
@@ -460,7 +497,7 @@ class _Session:
         state.records.append(self._record())
         if state.step > 0:
             state.seconds_per_step = state.tune_seconds / state.step
-        state.step, state.losses, state.plan = 0, [], None
+        state.step, state.losses, state.loss_terms, state.plan = 0, [], {}, None
         state.tune_seconds = state.prune_seconds = state.measure_seconds = 0.0
         if state.round_number == config.rounds:
             # Not saved yet: a crash from here on repeats the end of the round and the writing of the outputs.
@@ -496,6 +533,7 @@ class _Session:
             steps=state.step,
             tokens=sum(self.tuner.tokens(state.total_steps - state.step + step) for step in range(state.step)),
             losses=tuple(state.losses),
+            loss_terms={name: tuple(values) for name, values in state.loss_terms.items()},
             learning_rate_last=last,
             prune_seconds=state.prune_seconds,
             tune_seconds=state.tune_seconds,

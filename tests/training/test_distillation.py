@@ -53,7 +53,7 @@ def test_the_divergence_and_its_gradient_equal_plain_autograd(monkeypatch: pytes
     monkeypatch.setattr(module, "_CHUNK_ROWS", chunk)
     hidden, teacher, head = randn(2, 9, 8, seed=0).requires_grad_(), randn(2, 9, 8, seed=1), randn(30, 8, seed=2)
     ids = torch.randint(0, 30, (2, 9), generator=torch.Generator().manual_seed(4))
-    ours = next_token_loss(hidden, head, ids, teacher=teacher, kl_weight=0.7)
+    ours = next_token_loss(hidden, head, ids, teacher=teacher, kl_weight=0.7).total
     logits, wise = ((states @ head.T)[:, :-1].reshape(-1, 30) for states in (hidden, teacher))
     reference = functional.cross_entropy(logits, ids[:, 1:].reshape(-1)) + 0.7 * functional.kl_div(
         logits.log_softmax(1), wise.log_softmax(1), reduction="batchmean", log_target=True
@@ -70,7 +70,7 @@ def test_gradients_of_all_terms_equal_finite_differences() -> None:
 
     def value(states: Tensor) -> Tensor:
         terms = next_token_loss(states, head, ids, lengths, teacher, 0.7)
-        return terms + 0.3 * relative_error(states, teacher, lengths)
+        return terms.total + 0.3 * relative_error(states, teacher, lengths)
 
     # 1e-6: what gradcheck's differences over 1e-6 resolve in float64
     assert torch.autograd.gradcheck(value, (hidden,), atol=1e-6)
@@ -88,7 +88,7 @@ def test_the_relative_error_has_the_worked_value_and_ignores_padding() -> None:
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
 def test_the_loss_is_the_sum_of_its_definitions(make_model: ModelMaker, tiny_config: ConfigMaker, family: str) -> None:
     dense, adapted = adapted_pair(make_model, tiny_config(), family)
-    ours = CausalLoss(adapted.model, BOTH)(IDS).detach()
+    ours = CausalLoss(adapted.model, BOTH)(IDS).total.detach()
     with torch.no_grad():
         student, teacher = (
             model(input_ids=IDS, labels=IDS, output_hidden_states=True) for model in (adapted.model, dense)
@@ -130,7 +130,7 @@ def test_the_teacher_is_the_dense_model_even_after_pruning_changed_a_base_weight
 
 def test_a_dense_student_differs_from_its_teacher_in_nothing(make_model: ModelMaker, tiny_config: ConfigMaker) -> None:
     adapted = attach_adapters(make_model("Llama"), tiny_config(), torch.float32)
-    alone, both = (float(CausalLoss(adapted.model, objective)(IDS).detach()) for objective in (Objective(), BOTH))
+    alone, both = (float(CausalLoss(adapted.model, objective)(IDS).total.detach()) for objective in (Objective(), BOTH))
     # 1e-5: float32 rounding of the merged weight and of the divergence
     assert both == pytest.approx(alone, abs=1e-5)
 
@@ -145,12 +145,12 @@ def test_padding_counts_in_no_loss_and_no_gradient(
     values = []
     for filler in (0, 63):
         ids = torch.where(torch.arange(12) < lengths.unsqueeze(1), IDS, filler)
-        value = compute(ids, lengths)
+        value = compute(ids, lengths).total
         values.append((value, *torch.autograd.grad(value, adapters(adapted))))
     for left, right in zip(*values, strict=True):
         assert torch.equal(left, right)
     if not objective.distils:
-        parts = [float(compute(IDS[i : i + 1, :n]).detach()) * (n - 1) for i, n in enumerate(lengths.tolist())]
+        parts = [float(compute(IDS[i : i + 1, :n]).total.detach()) * (n - 1) for i, n in enumerate(lengths.tolist())]
         # 1e-10: float64, other shapes of the products
         assert float(values[0][0].detach()) == pytest.approx(sum(parts) / (11 + 6 + 1), rel=1e-10)
 
@@ -167,7 +167,7 @@ def test_recomputation_changes_no_bit(
     for checkpointing in (False, True):
         torch.manual_seed(0)
         changed = Objective(objective.kl_weight, objective.squarehead_weight, checkpointing)
-        value = CausalLoss(adapted.model, changed)(IDS)
+        value = CausalLoss(adapted.model, changed)(IDS).total
         results.append((value, *torch.autograd.grad(value, adapters(adapted))))
     for left, right in zip(*results, strict=True):
         assert torch.equal(left, right)
@@ -209,5 +209,7 @@ def test_the_logits_of_a_batch_are_never_held(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "_CHUNK_ROWS", 4)
     hidden, teacher, head = randn(2, 33, 3, seed=0).requires_grad_(), randn(2, 33, 3, seed=1), randn(101, 3, seed=2)
     with _Largest(101) as largest:
-        next_token_loss(hidden, head, torch.zeros(2, 33, dtype=torch.int64), teacher=teacher, kl_weight=1.0).backward()  # type: ignore[no-untyped-call]
+        next_token_loss(
+            hidden, head, torch.zeros(2, 33, dtype=torch.int64), teacher=teacher, kl_weight=1.0
+        ).total.backward()  # type: ignore[no-untyped-call]
     assert largest.rows == 4

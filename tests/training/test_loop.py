@@ -87,7 +87,7 @@ def test_with_all_slices_active_a_step_is_that_of_torch_adamw(tiny_config: Confi
     module = CausalLoss(twin._adapted.model)
     for number in range(3):
         tuner.step(number, 1e-2)
-        module(torch.from_numpy(twin._data.batch(number))).backward()
+        module(torch.from_numpy(twin._data.batch(number))).total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.5)
         optimizer.step()
         optimizer.zero_grad()
@@ -112,7 +112,7 @@ def test_the_loss_is_the_one_transformers_reports(tiny_config: ConfigMaker) -> N
     adapted = load_adapted_model(tiny_config(), "fp32")
     ids = torch.from_numpy(WINDOWS)
     with torch.no_grad():
-        ours, theirs = CausalLoss(adapted.model)(ids), adapted.model(input_ids=ids, labels=ids).loss
+        ours, theirs = CausalLoss(adapted.model)(ids).total, adapted.model(input_ids=ids, labels=ids).loss
     # 1e-6 relative: float32 against float64 sums
     assert float(ours) == pytest.approx(float(theirs), rel=1e-6)
 
@@ -160,11 +160,11 @@ def test_a_step_on_padded_examples_equals_torch_on_the_examples_alone(tiny_confi
     assert lengths is not None
     with torch.no_grad():
         parts = [
-            float(CausalLoss(tuner._adapted.model)(torch.from_numpy(row[None, :size]))) * (size - 1)
+            float(CausalLoss(tuner._adapted.model)(torch.from_numpy(row[None, :size])).total) * (size - 1)
             for row, size in zip(batch, lengths, strict=True)
         ]
     # 1e-6: float32 products of other shapes
-    assert tuner.step(0, 1e-3) == pytest.approx(sum(parts) / (lengths - 1).sum(), rel=1e-6)
+    assert tuner.step(0, 1e-3).total == pytest.approx(sum(parts) / (lengths - 1).sum(), rel=1e-6)
 
 
 def test_what_an_adapter_drops_depends_on_seed_and_step_and_touches_no_other_randomness(
@@ -211,4 +211,4 @@ def test_an_optimizer_that_forgot_steps_like_a_new_one(tiny_config: ConfigMaker)
 
 @pytest.mark.parametrize("changes", [{"kl_weight": 1.0}, {"squarehead_weight": 1.0}])
 def test_distillation_settings_reach_the_loss(tiny_config: ConfigMaker, changes: dict[str, float]) -> None:
-    assert make_tuner(tiny_config(**changes)).step(0, 0.0) > make_tuner(tiny_config()).step(0, 0.0)
+    assert make_tuner(tiny_config(**changes)).step(0, 0.0).total > make_tuner(tiny_config()).step(0, 0.0).total

@@ -452,4 +452,4 @@ def _validation_loss(run_folder: Path, config: TrainConfig, text: Path) -> float
             layer.set_mask(torch.from_numpy(masks.read(name)))
             layer.lora_A[: layer.rank] = adapter[f"{module}.lora_A.weight"]
             layer.lora_B[:, : layer.rank] = adapter[f"{module}.lora_B.weight"]
-        return float(CausalLoss(adapted.model)(torch.from_numpy(windows)))
+        return float(CausalLoss(adapted.model)(torch.from_numpy(windows)).total)
