@@ -98,6 +98,18 @@ class Checkpoint:
 
         Raises: CheckpointError if it is missing, not of a floating type we read, or damaged.
         """
+        import ml_dtypes  # noqa: F401  (teaches NumPy the bfloat16 that safetensors asks it for)
+
+        return np.asarray(self._get(name, "numpy"), dtype=np.float32)
+
+    def mapped(self, name: str) -> Any:
+        """Tensor `name` for torch, in its stored dtype and mapped from the file: do not write to it.
+
+        Raises: as `read`.
+        """
+        return self._get(name, "pt")
+
+    def _get(self, name: str, framework: str) -> Any:
         entry = self._entry(name)
         if entry.dtype not in _READABLE_DTYPES:
             raise CheckpointError(
@@ -105,15 +117,13 @@ class Checkpoint:
                 f"{', '.join(_READABLE_DTYPES)} are read: save the checkpoint unquantised",
                 tensor=name,
             )
-        import ml_dtypes  # noqa: F401  (teaches NumPy the bfloat16 that safetensors asks it for)
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(entry.file, framework="numpy") as file:
-                tensor = file.get_tensor(name)
+            with safe_open(entry.file, framework=framework) as file:
+                return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise _damaged(entry.file, error) from error
-        return np.asarray(tensor, dtype=np.float32)
 
     def weight_files(self) -> tuple[Path, ...]:
         """The folder's safetensors files, sorted."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,31 @@ def save_masks(path: Path, masks: Mapping[str, BoolArray], metadata: Mapping[str
     """
     from safetensors.numpy import save
 
-    packed = {name: np.packbits(keep.reshape(-1), bitorder="little") for name, keep in masks.items()}
-    shapes = {name: list(keep.shape) for name, keep in masks.items()}
+    packed, shapes = {}, {}
+    for name, keep in masks.items():
+        packed[name], shapes[name] = np.packbits(keep.reshape(-1), bitorder="little"), list(keep.shape)
     header = {**metadata, "format": _FORMAT, "shapes": json.dumps(shapes, sort_keys=True)}
     write_bytes_atomic(path, save(packed, metadata=header))
+
+
+class ReadOnDemand(Mapping[str, BoolArray]):
+    """Masks that are read each time they are asked for, so that saving them holds one unpacked mask at a time.
+
+    Args:
+        readers: tensor name → what reads its mask, given the name.
+    """
+
+    def __init__(self, readers: Mapping[str, Callable[[str], BoolArray]]) -> None:
+        self._readers = readers
+
+    def __getitem__(self, name: str) -> BoolArray:
+        return self._readers[name](name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
 
 
 class MaskFile:

@@ -25,7 +25,7 @@ from losa_export.base_weights import describe_changed_weights, with_changed_weig
 from losa_export.checkpoint import CONFIG_FILE, Checkpoint, CheckpointWriter, copy_companions, open_checkpoint
 from losa_export.errors import CheckpointError, InputError, MaskError
 from losa_export.files import check_output, input_folder, output_folder, sha256_of, write_text_atomic
-from losa_export.masks import BoolArray, MaskFile, load_masks, save_masks
+from losa_export.masks import BoolArray, MaskFile, ReadOnDemand, load_masks, save_masks
 from losa_export.merge_record import (
     SPARSITY_FILE,
     MergeReport,
@@ -161,7 +161,7 @@ def _merge(
         copy_companions(base.folder, folder)
         written = open_checkpoint(folder)
         identity = {f"base_sha256:{path.name}": sha256_of(path) for path in written.weight_files()}
-        save_masks(folder / MASKS_FILE, _ReadAll(masks), identity)
+        save_masks(folder / MASKS_FILE, ReadOnDemand(masks), identity)
         proofs = prove_tensors(
             base, written, masks, load_masks(folder / MASKS_FILE).read, frozenset(adapted) - frozenset(masks)
         )
@@ -191,22 +191,6 @@ def merged_tensors(
         update = adapter.read(name, tensor.shape) if adapter is not None and name in adapter else None
         keep = masks[name](name) if name in masks else None
         yield name, merge_weight(tensor, update, keep)
-
-
-class _ReadAll(Mapping[str, BoolArray]):
-    """Masks read when asked for, so that packing them holds one unpacked mask at a time."""
-
-    def __init__(self, readers: Mapping[str, ReadMask]) -> None:
-        self._readers = readers
-
-    def __getitem__(self, name: str) -> BoolArray:
-        return self._readers[name](name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._readers)
-
-    def __len__(self) -> int:
-        return len(self._readers)
 
 
 def check_masks(masks: MaskFile, checkpoint: Checkpoint) -> None:

@@ -7,7 +7,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -113,10 +115,11 @@ class MaskedLoRALinear(nn.Module):
         operator: how the gradients of A and B are taken, see `_MaskedLoRAFunction`.
         dropout: probability, in [0, 1), that the adapter does not see an input feature of a token, in training mode
             alone. The two parts of the weight then meet different inputs and need a matrix product each.
-    A new layer is in evaluation mode.
+    A new layer is in evaluation mode, and parked (see `park`) if the weight of `linear` is on the meta device.
     Raises: ConfigError if `rank` exceeds `max_rank`.
     """
 
+    weight: nn.Parameter
     mask: Tensor
 
     def __init__(
@@ -138,7 +141,8 @@ class MaskedLoRALinear(nn.Module):
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         bound = 1.0 / math.sqrt(self.in_features)
         start = torch.empty(max_rank, self.in_features, dtype=dtype).uniform_(-bound, bound, generator=generator)
-        device = self.weight.device
+        outlined = self.weight.is_meta
+        device = torch.device("cpu") if outlined else self.weight.device
         self.lora_A = nn.Parameter(start.to(device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, max_rank, dtype=dtype, device=device))
         self.register_buffer("mask", torch.ones(self.weight.shape, dtype=torch.uint8, device=device), persistent=False)
@@ -146,12 +150,37 @@ class MaskedLoRALinear(nn.Module):
         self.set_rank(rank)
         self._folded: Tensor | None = None
         self._dense: Tensor | None = None
+        self._weight_changed = False
+        self._parked_mask: NDArray[np.uint8] | None = None
+        if outlined:
+            self.park()
         self.eval()
 
     @property
     def weight_changed(self) -> bool:
         """Whether the frozen weight is another than the dense checkpoint's."""
-        return self._dense is not None
+        return self._weight_changed
+
+    @property
+    def parked(self) -> bool:
+        """Whether the weight is away; the layer cannot compute then."""
+        return self._parked_mask is not None
+
+    def park(self) -> None:
+        """Let go of the frozen weight, changed or not, and of the mask but for its bits."""
+        self._parked_mask = self.packed_mask()
+        self.register_parameter("weight", None)
+        self.register_buffer("mask", None, persistent=False)
+        self._dense = None
+
+    def unpark(self, dense: Tensor, changed: Tensor | None = None) -> None:
+        """Take back the weight of the dense checkpoint and, if there is one, that in its place; both (out, in)."""
+        kept = self.kept
+        self.weight = nn.Parameter(dense if changed is None else changed, requires_grad=False)
+        self.register_buffer("mask", kept.to(dense.device, torch.uint8), persistent=False)
+        self._dense = None if changed is None else dense
+        self._weight_changed = changed is not None
+        self._parked_mask = None
 
     @property
     def dense_weight(self) -> Tensor:
@@ -164,9 +193,23 @@ class MaskedLoRALinear(nn.Module):
         return self.lora_A.shape[0]
 
     @property
+    def size(self) -> int:
+        """Positions of the weight."""
+        return self.out_features * self.in_features
+
+    @property
     def kept(self) -> Tensor:
         """(out, in) bool, True = keep."""
-        return self.mask.bool()
+        if self._parked_mask is None:
+            return self.mask.bool()
+        bits = np.unpackbits(self._parked_mask, count=self.size, bitorder="little")
+        return torch.from_numpy(bits.view(np.bool_)).reshape(self.out_features, self.in_features)
+
+    def packed_mask(self) -> NDArray[np.uint8]:
+        """The mask in rows, eight positions to a byte, the first in the lowest bit."""
+        if self._parked_mask is not None:
+            return self._parked_mask
+        return np.packbits(self.mask.cpu().numpy().reshape(-1), bitorder="little")
 
     def active(self) -> tuple[Tensor, Tensor]:
         """The active slices: A (rank, in) and B (out, rank)."""
@@ -183,12 +226,16 @@ class MaskedLoRALinear(nn.Module):
 
     def set_mask(self, kept: Tensor) -> None:
         """Prune where `kept`, (out, in) bool, is False. Raises: MaskError for another shape."""
-        if kept.shape != self.mask.shape:
+        shape = (self.out_features, self.in_features)
+        if tuple(kept.shape) != shape:
             raise MaskError(
-                f"a mask of shape {tuple(kept.shape)} does not fit a weight of shape {tuple(self.mask.shape)}; "
+                f"a mask of shape {tuple(kept.shape)} does not fit a weight of shape {shape}; "
                 "use the masks of this model"
             )
-        self.mask.copy_(kept)
+        if self.parked:
+            self._parked_mask = np.packbits(kept.cpu().numpy().reshape(-1), bitorder="little")
+        else:
+            self.mask.copy_(kept)
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:
@@ -196,6 +243,7 @@ class MaskedLoRALinear(nn.Module):
         self._check_shape(weight)
         if self._dense is None:
             self._dense = self.weight.detach()
+        self._weight_changed = True
         self.weight.data = weight.detach().to(self.weight, copy=True)
 
     @torch.no_grad()

@@ -18,14 +18,9 @@ from losa_export.training.tensors import flush, write_tensors
 _PREFIX = "weight:"
 
 
-def changed_weights(adapted: AdaptedModel) -> dict[str, Tensor]:
-    """Weight name → (out, in) of every layer whose frozen weight is no longer the checkpoint's."""
-    return {name: layer.weight.detach() for name, layer in adapted.layers.items() if layer.weight_changed}
-
-
 def state_tensors(adapted: AdaptedModel) -> dict[str, Tensor]:
     """The changed weights under the names they have in a run's state."""
-    return {f"{_PREFIX}{name}": weight for name, weight in changed_weights(adapted).items()}
+    return {f"{_PREFIX}{name}": weight for name, weight in adapted.changed_weights().items()}
 
 
 def restore(adapted: AdaptedModel, tensors: Mapping[str, Tensor]) -> None:
@@ -35,7 +30,10 @@ def restore(adapted: AdaptedModel, tensors: Mapping[str, Tensor]) -> None:
     """
     for key, tensor in tensors.items():
         if key.startswith(_PREFIX):
-            adapted.layers[key.removeprefix(_PREFIX)].set_weight(tensor)
+            name = key.removeprefix(_PREFIX)
+            layer = adapted.layers[name]
+            with adapted.at_work({name: layer}):
+                layer.set_weight(tensor)
 
 
 def write_changed_weights(run: Path, adapted: AdaptedModel) -> dict[str, str]:
@@ -44,7 +42,7 @@ def write_changed_weights(run: Path, adapted: AdaptedModel) -> dict[str, str]:
     Returns: what the header of the masks says of it, so that neither is merged without the other.
     Raises: OutputError if the disk is full or the folder cannot be written.
     """
-    path, changed = run / WEIGHTS_FILE, changed_weights(adapted)
+    path, changed = run / WEIGHTS_FILE, adapted.changed_weights()
     with disk_errors(run):
         if not changed:
             path.unlink(missing_ok=True)

@@ -67,7 +67,7 @@ def measure_blocks(
         layers = adapted.layers_of(index)
         if rmi:
             grams.append(gram_matrix([batch.hidden for batch in batches], normalise=normalise))
-        with all_folded(layers, adapted.compute_dtype):
+        with adapted.at_work(layers), all_folded(layers, adapted.compute_dtype):
             if outlier_factor is not None:
                 sums = input_square_sums(block, index, layers, batches)
                 scores = [wanda_scores(layer.merged(), sums[name]) for name, layer in layers.items()]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from losa_export.checkpoint import open_checkpoint
 from losa_export.errors import CheckpointError, ConfigError
 from losa_export.layout import Layout, layout_of
 from losa_export.masks import BoolArray
+from losa_export.streamed import load_outline
 from losa_export.training.adapter import MaskedLoRALinear
 from losa_export.training.allocation import FloatVector
 from losa_export.training.config import Compute, Device, Dtype, TrainConfig
+from losa_export.training.weight_store import WeightStore
 
 _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -25,17 +30,35 @@ _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class AdaptedModel:
     """A causal language model whose block linears are `MaskedLoRALinear`.
 
+    All of it is in memory, or with a `store` all but the linears of blocks that are not `at_work`.
+
     Attributes:
         model: the whole model, everything frozen but the adapters.
         blocks: its decoder blocks, in order.
         layers: weight name, for example 'model.layers.0.mlp.up_proj.weight', to layer, in forward order.
         compute_dtype: dtype of activations and of all weights outside the blocks.
+        store: where weights lie meanwhile.
     """
 
     model: nn.Module
     blocks: tuple[nn.Module, ...]
     layers: Mapping[str, MaskedLoRALinear]
     compute_dtype: torch.dtype
+    store: WeightStore | None = None
+
+    @contextlib.contextmanager
+    def at_work(self, layers: Mapping[str, MaskedLoRALinear]) -> Iterator[None]:
+        """Within the block, `layers`, usually those of one block, are in memory.
+
+        Raises: CheckpointError if they cannot be read or are not finite; OutputError if a changed weight cannot be
+            put away.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.store is not None:
+                for name, layer in layers.items():
+                    self.store.fetch(name, layer)
+                    stack.callback(self.store.put_away, name, layer)
+            yield
 
     def layers_of(self, block: int) -> dict[str, MaskedLoRALinear]:
         """Weight name to layer of one block."""
@@ -49,17 +72,30 @@ class AdaptedModel:
 
     def parameter_counts(self) -> FloatVector:
         """(L,) prunable weights of each block."""
-        counts = [sum(layer.weight.numel() for layer in self.layers_of(i).values()) for i in range(len(self.blocks))]
+        counts = [sum(layer.size for layer in self.layers_of(i).values()) for i in range(len(self.blocks))]
         return np.array(counts, dtype=np.float64)
 
+    def mask(self, name: str) -> BoolArray:
+        """Mask of the weight `name`, (out, in) bool, True = keep."""
+        keep: BoolArray = self.layers[name].kept.cpu().numpy()
+        return keep
+
     def masks(self) -> dict[str, BoolArray]:
-        """Weight name to mask, (out, in) bool, True = keep."""
-        return {name: layer.mask.cpu().numpy().astype(np.bool_) for name, layer in self.layers.items()}
+        """Weight name to mask, (out, in) bool, True = keep: one byte a position, for all layers."""
+        return {name: self.mask(name) for name in self.layers}
+
+    def changed_weights(self) -> dict[str, Tensor]:
+        """Weight name → (out, in) of every layer whose frozen weight is not the checkpoint's: do not write to it."""
+        return {
+            name: self.store.changed(name) if self.store is not None and layer.parked else layer.weight.detach()
+            for name, layer in self.layers.items()
+            if layer.weight_changed
+        }
 
     def sparsity_fraction(self) -> float:
         """Pruned positions of all block linears, as a fraction."""
-        total = sum(layer.mask.numel() for layer in self.layers.values())
-        return 1.0 - sum(int(layer.mask.sum(dtype=torch.int64)) for layer in self.layers.values()) / total
+        total = sum(layer.size for layer in self.layers.values())
+        return 1.0 - sum(int(layer.kept.sum(dtype=torch.int64)) for layer in self.layers.values()) / total
 
 
 def choose_device(device: Device) -> torch.device:
@@ -86,36 +122,64 @@ def choose_compute(compute: Compute, dtype: Dtype, device: torch.device) -> Dtyp
     return "bf16" if any(getattr(torch.cpu, name, bool)() for name in native) else "fp32"
 
 
-def load_adapted_model(config: TrainConfig, compute: Dtype) -> AdaptedModel:
+def load_adapted_model(config: TrainConfig, compute: Dtype, *, parking: Path | None = None) -> AdaptedModel:
     """Load the dense checkpoint on the CPU and put adapters into its blocks.
 
     The adapters' start depends on `config.seed` and on the layer's place alone.
-    Raises: CheckpointError if transformers cannot load it, or a block weight is not finite.
+
+    Args:
+        config: names the checkpoint, and describes the adapters.
+        compute: dtype of activations.
+        parking: a folder for weights that change. With it a block's linears are in memory only while they are at work;
+            without it all are.
+    Raises: CheckpointError if transformers cannot load it, or a block weight is not finite; with `parking` the
+        latter only once the block is at work.
     """
+    compute_dtype = _TORCH_DTYPES[compute]
+    try:
+        with _quiet():
+            model = _load(config.model, compute_dtype, outline=parking is not None)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"transformers cannot load the checkpoint '{config.model}': {error}; save it again", path=config.model
+        ) from error
+    adapted = attach_adapters(model, config, compute_dtype)
+    if parking is None:
+        return adapted
+
+    def convert(name: str, weight: Tensor) -> Tensor:
+        return _frozen_weight(name, weight.to(compute_dtype), config)
+
+    return replace(adapted, store=WeightStore(open_checkpoint(config.model), convert, parking))
+
+
+def _load(folder: Path, dtype: torch.dtype, *, outline: bool) -> nn.Module:
+    if outline:
+        return load_outline(folder, dtype, "sdpa")
     from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
+    return cast(nn.Module, model)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Within the block, transformers neither warns nor draws progress bars."""
     from transformers.utils import logging
 
-    compute_dtype = _TORCH_DTYPES[compute]
     shows_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_pretrained(
-                config.model, dtype=compute_dtype, attn_implementation="sdpa", local_files_only=True
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"transformers cannot load the checkpoint '{config.model}': {error}; save it again", path=config.model
-        ) from error
+            yield
     finally:
         if shows_bars:
             logging.enable_progress_bar()
-    return attach_adapters(cast(nn.Module, model), config, compute_dtype)
 
 
 def attach_adapters(model: nn.Module, config: TrainConfig, compute_dtype: torch.dtype) -> AdaptedModel:
-    """Freeze `model` and replace every linear of its blocks, in place.
+    """Freeze `model` and replace every linear of its blocks, in place. Those on the meta device become parked layers.
 
     Raises: CheckpointError naming the first block weight that is not finite.
     """
@@ -129,13 +193,8 @@ def attach_adapters(model: nn.Module, config: TrainConfig, compute_dtype: torch.
             parent_path, _, attribute = path.rpartition(".")
             linear = cast(nn.Linear, block.get_submodule(path))
             name = layout.weight(index, path)
-            if not bool(torch.isfinite(linear.weight).all()):
-                raise CheckpointError(
-                    f"tensor '{name}' of checkpoint '{config.model}' holds values that are not finite; "
-                    "download or save it again",
-                    tensor=name,
-                )
-            linear.weight.data = linear.weight.data.to(_TORCH_DTYPES[config.dtype])
+            if not linear.weight.is_meta:
+                linear.weight.data = _frozen_weight(name, linear.weight.data, config)
             seed = np.random.SeedSequence([config.seed, index, place]).generate_state(1, np.uint64)[0]
             layers[name] = MaskedLoRALinear(
                 linear,
@@ -148,3 +207,17 @@ def attach_adapters(model: nn.Module, config: TrainConfig, compute_dtype: torch.
             )
             setattr(block.get_submodule(parent_path), attribute, layers[name])
     return AdaptedModel(model, blocks, layers, compute_dtype)
+
+
+def _frozen_weight(name: str, weight: Tensor, config: TrainConfig) -> Tensor:
+    """What an adapter is put beside: `weight`, as loaded, in the dtype that the configuration stores.
+
+    Raises: CheckpointError if it is not finite.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise CheckpointError(
+            f"tensor '{name}' of checkpoint '{config.model}' holds values that are not finite; "
+            "download or save it again",
+            tensor=name,
+        )
+    return weight.to(_TORCH_DTYPES[config.dtype])

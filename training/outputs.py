@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from losa_export.files import output_folder, write_text_atomic
-from losa_export.masks import save_masks
+from losa_export.masks import ReadOnDemand, save_masks
 from losa_export.training.base_weights import write_changed_weights
 from losa_export.training.model import AdaptedModel
 from losa_export.training.tensors import write_tensors
@@ -30,7 +30,7 @@ def write_outputs(run: Path, adapted: AdaptedModel, base: Path, metadata: Mappin
     Raises: OutputError if the disk is full or the folder cannot be written.
     """
     identity = write_changed_weights(run, adapted)
-    save_masks(run / MASKS_FILE, adapted.masks(), {**metadata, **identity})
+    save_masks(run / MASKS_FILE, ReadOnDemand(dict.fromkeys(adapted.layers, adapted.mask)), {**metadata, **identity})
     with output_folder(run / ADAPTER_FOLDER, overwrite=True) as folder:
         write_adapter(folder, adapted, base)
 

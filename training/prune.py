@@ -52,28 +52,25 @@ def prune_blocks(
     rule = rule or PruneRule()
     amounts = rule.amounts(adapted, targets)
     batches = capture_block_inputs(adapted.model, adapted.blocks, windows, batch_size)
-    dense = [batch.hidden for batch in batches]
-    measured: list[float] = []
     aims = (errors, reconstructor.settings.target if reconstructor is not None else None)
-    kinds = sorted({kind for kind in aims if kind is not None})
+    kinds = {kind for kind in aims if kind is not None}
+    # What the dense model hands on, if anybody asks for it.
+    dense = [batch.hidden for batch in batches] if "accumulated" in kinds else []
+    measured: list[float] = []
     for index, block in enumerate(adapted.blocks):
         layers = adapted.layers_of(index)
-        with all_folded(layers, adapted.compute_dtype):
-            inputs = rule.measure(block, index, layers, batches)
-        for name, layer in layers.items():
-            # Taken out, since second moments and their factors are large: one block's are held at a time.
-            prune_layer(layer, rule, amounts[index], inputs.pop(name))
-        wanted: dict[ErrorKind, list[Tensor]] = {}
-        for kind in kinds:
-            read = dense if kind == "accumulated" else [batch.hidden for batch in batches]
-            with all_dense(layers, adapted.compute_dtype):
-                wanted[kind] = _outputs(block, index, batches, read)
-        dense = wanted.get("accumulated", dense)
-        if reconstructor is not None:
-            reconstructor.fit(block, index, layers, batches, wanted[reconstructor.settings.target])
-        if errors is not None or index + 1 < len(adapted.blocks):
+        with adapted.at_work(layers):
             with all_folded(layers, adapted.compute_dtype):
-                advance(block, index, batches)
+                inputs = rule.measure(block, index, layers, batches)
+            for name, layer in layers.items():
+                # Taken out, since second moments and their factors are large: one block's are held at a time.
+                prune_layer(layer, rule, amounts[index], inputs.pop(name))
+            wanted = _dense_answers(adapted, index, batches, dense, local="local" in kinds) if kinds else {}
+            if reconstructor is not None:
+                reconstructor.fit(block, index, layers, batches, wanted[reconstructor.settings.target])
+            if errors is not None or index + 1 < len(adapted.blocks):
+                with all_folded(layers, adapted.compute_dtype):
+                    advance(block, index, batches)
         if errors is not None:
             measured.append(_error(wanted[errors], batches))
         on_block(index)
@@ -86,11 +83,22 @@ def advance(block: nn.Module, index: int, batches: Sequence[BlockBatch]) -> None
         batch.hidden = run_block(block, index, batch)
 
 
-def _outputs(block: nn.Module, index: int, batches: Sequence[BlockBatch], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs of block `index` for `inputs`, called as the model calls it for `batches`."""
-    return [
-        run_block(block, index, replace(batch, hidden=hidden)) for batch, hidden in zip(batches, inputs, strict=True)
-    ]
+def _dense_answers(
+    adapted: AdaptedModel, index: int, batches: Sequence[BlockBatch], dense: list[Tensor], *, local: bool
+) -> dict[ErrorKind, list[Tensor]]:
+    """What block `index` of the dense checkpoint answers: to `dense`, if there is any, and to the batches if `local`.
+
+    The former take the place of `dense`, so that one block's activations are held and not two's.
+    """
+    block, answers = adapted.blocks[index], dict[ErrorKind, list[Tensor]]()
+    with all_dense(adapted.layers_of(index), adapted.compute_dtype):
+        if local:
+            answers["local"] = [run_block(block, index, batch) for batch in batches]
+        if dense:
+            for place, batch in enumerate(batches):
+                dense[place] = run_block(block, index, replace(batch, hidden=dense[place]))
+            answers["accumulated"] = dense
+    return answers
 
 
 def _error(dense: Sequence[Tensor], batches: Sequence[BlockBatch]) -> float:

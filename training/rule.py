@@ -50,7 +50,7 @@ class PruneRule:
         for block in range(len(adapted.blocks)):
             for name, layer in adapted.layers_of(block).items():
                 self.pattern.check_columns(name, layer.in_features)
-                most = int(layer.mask.reshape(-1, width).sum(dim=1, dtype=torch.int64).max())
+                most = int(layer.kept.reshape(-1, width).sum(dim=1, dtype=torch.int64).max())
                 before[block] = max(before[block], most)
         kept = self.pattern.kept_per_group(targets, adapted.parameter_counts(), before)
         return [Amount(1.0 - int(number) / width, int(number), width) for number in kept]

@@ -65,6 +65,8 @@ from losa_export.training.stop import StoppedError, StopRequest
 # With a time budget, a round is planned anew when the plan misses its share by more than this part.
 _REPLAN_TOLERANCE = 0.1
 _MEASURED_STEPS = 2
+# In the folder of the state: weights that changed, while their block is not at work.
+_PARKING = "parked"
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,19 @@ class _Session:
     def run(self, tensors: dict[str, Tensor], stop: StopRequest) -> None:
         """Load the model and go through the remaining rounds."""
         self._write_records()
-        self.adapted = load_adapted_model(self.config, self.compute)
+        parking = self.config.output / STATE_FOLDER / _PARKING if self._streams() else None
+        self.adapted = load_adapted_model(self.config, self.compute, parking=parking)
+        try:
+            self._go_through(tensors, stop)
+        finally:
+            if self.adapted.store is not None:
+                self.adapted.store.clear()
+
+    def _streams(self) -> bool:
+        """Whether blocks are in memory one at a time: where nothing is tuned, so that they are only needed in turn."""
+        return self.config.steps == 0 and self.accelerator.num_processes == 1
+
+    def _go_through(self, tensors: dict[str, Tensor], stop: StopRequest) -> None:
         self.adapted.model.to(self.accelerator.device)
         data = TuningData(self.inputs.tuning, self.config.batch_size, self.config.seed)
         self.tuner = Tuner(self.adapted, data, self.config, self.accelerator)
@@ -529,7 +543,7 @@ class _Session:
             block_outliers=tuple(state.block_outliers),
             rmi_row_sums=tuple(redundancy(np.array(state.rmi)).tolist()) if state.rmi else (),
             measure_seconds=state.measure_seconds,
-            sparsity={name: 1.0 - float(layer.mask.mean(dtype=torch.float64)) for name, layer in masks},
+            sparsity={name: 1.0 - float(layer.kept.mean(dtype=torch.float64)) for name, layer in masks},
             steps=state.step,
             tokens=sum(self.tuner.tokens(state.total_steps - state.step + step) for step in range(state.step)),
             losses=tuple(state.losses),
@@ -550,8 +564,8 @@ class _Session:
 
     def _tensors(self) -> dict[str, Tensor]:
         saved = self.tuner.tensors()
-        for name, mask in self.adapted.masks().items():
-            saved[f"mask:{name}"] = torch.from_numpy(np.packbits(mask.reshape(-1), bitorder="little"))
+        for name, layer in self.adapted.layers.items():
+            saved[f"mask:{name}"] = torch.from_numpy(layer.packed_mask())
         saved |= base_weights.state_tensors(self.adapted)
         saved["rng:cpu"] = torch.get_rng_state()
         return saved
@@ -564,8 +578,8 @@ class _Session:
             self.tuner.restore(tensors, self.state.step if anew else self.state.total_steps)
             for name, layer in self.adapted.layers.items():
                 packed = tensors[f"mask:{name}"].numpy()
-                bits = np.unpackbits(packed, count=layer.mask.numel(), bitorder="little").reshape(layer.mask.shape)
-                layer.set_mask(torch.from_numpy(bits).bool())
+                bits = np.unpackbits(packed, count=layer.size, bitorder="little").astype(np.bool_)
+                layer.set_mask(torch.from_numpy(bits).reshape(layer.out_features, layer.in_features))
             base_weights.restore(self.adapted, tensors)
             torch.set_rng_state(tensors["rng:cpu"])
         except (KeyError, RuntimeError, ValueError) as error:
@@ -608,6 +622,7 @@ class _Session:
                 "device": str(self.accelerator.device),
                 "compute": self.compute,
                 "threads": torch.get_num_threads(),
+                "blocks_in_memory": "one at a time" if self._streams() else "all",
                 "processes": int(self.accelerator.num_processes),
             },
         }
