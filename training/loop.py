@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -107,14 +108,15 @@ class Tuner:
         ]
         # Decay is applied below, to the active slices only; the optimizer's own would shrink the others too.
         self._adamw = torch.optim.AdamW(self._parameters, lr=config.learning_rate, weight_decay=0.0)
-        self._module, self._optimizer = accelerator.prepare(
-            CausalLoss(
-                adapted.model,
-                Objective(config.kl_weight, config.squarehead_weight, config.gradient_checkpointing),
-                self._processes.mean,
-            ),
-            self._adamw,
+        module = CausalLoss(
+            adapted.model,
+            Objective(config.kl_weight, config.squarehead_weight, config.gradient_checkpointing),
+            self._processes.mean,
         )
+        with warnings.catch_warnings():
+            # accelerate still calls one of PyTorch's options by its former name.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self._module, self._optimizer = accelerator.prepare(module, self._adamw)
 
     def step(self, number: int, rate: float) -> Losses[float]:
         """One optimizer step on batch `number` at learning rate `rate`. Returns: the losses before it.

@@ -169,6 +169,7 @@ def test_torchrun_starts_the_command_line_in_several_processes(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("zeros after 2 rounds") == 1
+    assert "Warning" not in done.stderr
     assert "processes = 2" in (tmp_path / "r" / "config.toml").read_text()
 
 

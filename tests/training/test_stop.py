@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from losa_export.training import stop as stop_module
 from losa_export.training.stop import StoppedError, StopRequest
 
 
@@ -26,6 +27,20 @@ def test_a_second_ctrl_c_acts_at_once() -> None:
     with pytest.raises(KeyboardInterrupt), StopRequest():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_a_launcher_repeats_at_once_is_the_same_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [10.0]
+    monkeypatch.setattr(stop_module.time, "monotonic", lambda: now[0])
+    with StopRequest(echoed=True) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] = 10.9
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        now[0] = 11.1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_outside_the_main_thread_nothing_is_caught() -> None:
