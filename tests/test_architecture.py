@@ -203,7 +203,7 @@ def test_linears_of_a_block_are_told_apart_by_what_they_read() -> None:
 
 def test_a_model_of_another_class_has_no_layout() -> None:
     with pytest.raises(
-        UnsupportedArchitectureError, match="'.*Path' is no model whose parts are known; known are Llama"
+        UnsupportedArchitectureError, match=r"'.*Path' is no model whose parts are known; known are Llama"
     ):
         layout_of(Path())
 

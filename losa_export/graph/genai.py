@@ -11,6 +11,10 @@ from losa_export.graph.profiles import ProfileName
 
 GENAI_FILE = "genai_config.json"
 
+# The families of ours that onnxruntime-genai knows by name, and its name for a decoder of any other.
+_GENAI_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_ANY_DECODER = "decoder"
+
 
 def genai_config(spec: DecoderSpec, profile: ProfileName, generation: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of one exported decoder.
@@ -28,7 +32,7 @@ def genai_config(spec: DecoderSpec, profile: ProfileName, generation: Mapping[st
     pad = _token_ids(generation.get("pad_token_id")) or _known(spec.pad_token_id) or ends or [0]
     return {
         "model": {
-            "type": spec.model_type,
+            "type": spec.model_type if spec.model_type in _GENAI_TYPES else _ANY_DECODER,
             "vocab_size": spec.vocab_size,
             "context_length": spec.max_positions,
             "bos_token_id": begin[0] if begin else 0,

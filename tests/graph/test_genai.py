@@ -34,6 +34,11 @@ def test_sizes_and_names_are_those_of_the_graph() -> None:
     assert decoder["outputs"]["present_value_names"] % 0 == "present.0.value"
 
 
+def test_a_family_without_a_name_in_genai_is_a_decoder() -> None:
+    opt = spec(architectures=["OPTForCausalLM"], ffn_dim=88)
+    assert genai_config(opt, "ort", {})["model"]["type"] == "decoder"
+
+
 def test_only_the_ort_dialect_shares_the_cache_buffer() -> None:
     assert genai_config(spec(), "ort", {})["search"]["past_present_share_buffer"] is True
     assert genai_config(spec(), "standard", {})["search"]["past_present_share_buffer"] is False

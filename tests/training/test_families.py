@@ -44,6 +44,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-wide-heads": ("Mistral", {"head_dim": 10}),
     "qwen2-biases-tied": ("Qwen2", {"head_dim": None, "tie_word_embeddings": True}),
     "qwen3-head-norms": ("Qwen3", {"head_dim": 14, "tie_word_embeddings": True}),
+    "opt-tied": ("OPT", {"ffn_dim": 50}),
+    "opt-norms-behind": ("OPT", {"ffn_dim": 50, "do_layer_norm_before": False, "word_embed_proj_dim": 20}),
 }
 
 
@@ -84,7 +86,8 @@ def test_a_round_a_merge_and_an_export_keep_the_zeros(
         open_checkpoint(config.model),
         load_masks(result.masks_file),
     )
-    assert len(masks.names) == 7 * SHAPE["num_hidden_layers"] or "num_hidden_layers" in changes
+    linears = 6 if family == "OPT" else 7
+    assert len(masks.names) == linears * changes.get("num_hidden_layers", SHAPE["num_hidden_layers"])
     for name in base.names():
         weight = merged.read(name)
         if name in masks:
@@ -99,7 +102,51 @@ def test_a_round_a_merge_and_an_export_keep_the_zeros(
     assert report.weights == "sparse"
 
 
-@pytest.mark.parametrize("family", ["OPT", "GPT2", "Gemma", "Phi"])
+@pytest.fixture(scope="module")
+def merged_opt(tiny_checkpoint: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small OPT whose norms stand behind, trained for a round and merged."""
+    folder = tmp_path_factory.mktemp("opt")
+    changes = {"hidden_size": 48, "num_attention_heads": 3, "ffn_dim": 80, "word_embed_proj_dim": 40}
+    write_checkpoint(folder / "base", "OPT", changes | {"do_layer_norm_before": False}, tiny_checkpoint)
+    config = TrainConfig(
+        model=folder / "base",
+        output=folder / "run",
+        tuning_text=(tiny_text,),
+        sparsity_fraction=0.6,
+        rounds=2,
+        steps=4,
+        rank=3,
+        max_rank=4,
+        learning_rate=5e-3,
+        batch_size=2,
+        window=16,
+        calibration_windows=5,
+        reconstruct_epochs=1,
+        reconstruct_least_squares=True,
+        kl_weight=0.5,
+        squarehead_weight=0.1,
+        gradient_checkpointing=True,
+        device="cpu",
+    )
+    merge_run(train(config, show_progress=False).run, folder / "merged")
+    return folder / "merged"
+
+
+@pytest.mark.parametrize(("profile", "values"), [("ort", "fp32"), ("standard", "int4")])
+def test_a_trained_opt_answers_as_transformers_does(
+    merged_opt: Path, tiny_text: Path, tmp_path: Path, profile: Any, values: Any
+) -> None:
+    """The gate holds prefill, decoding, a batch and greedy tokens against transformers."""
+    calibration = (tiny_text,) if values == "int4" else ()
+    options: dict[str, Any] = {"calibration": calibration, "calibration_windows": 4, "progress": False}
+    report = export_onnx(ExportConfig(merged_opt, tmp_path / "onnx", profile=profile, values=values, **options))
+    assert report.gate is not None
+    assert report.gate["reference"] == "torch"
+    assert report.weights == "sparse"
+    assert 0.55 < report.sparsity_fraction <= 0.6
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Gemma", "Phi"])
 def test_other_families_are_refused_by_name(
     tiny_config: ConfigMaker, tiny_checkpoint: Path, tmp_path: Path, family: str
 ) -> None:
