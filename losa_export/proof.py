@@ -17,7 +17,7 @@ from losa_export.checkpoint import Checkpoint
 from losa_export.errors import MergeProofError
 from losa_export.masks import BoolArray, digest
 from losa_export.peft_adapter import Adapter
-from losa_export.reference import Reference, load_model
+from losa_export.reference import Reference
 
 FloatArray = NDArray[np.float32]
 
@@ -184,8 +184,10 @@ def prove_logits(
     """
     proof = compare_logits(unmerged_logits(base, masks, adapter, reference.prompts), reference.logits)
     if not proof.max_relative_error <= MAX_RELATIVE_ERROR:  # so that NaN fails too
+        from losa_export.streamed import load_streamed
+
         before = unmerged_logits(base, masks, adapter, reference.prompts, dtype="float64")
-        proof = compare_logits(before, _logits(load_model(merged, "float64"), reference.prompts))
+        proof = compare_logits(before, _logits(load_streamed(merged, "float64"), reference.prompts))
     if not proof.max_relative_error <= MAX_RELATIVE_ERROR:
         raise MergeProofError(
             f"the merged model answers differently: relative error of its logits {proof.max_relative_error:.2e}, "
@@ -219,8 +221,9 @@ def unmerged_logits(
 ) -> NDArray[np.floating[Any]]:
     """Logits of base, mask and adapter kept apart: y = x(W⊙M)ᵀ + s·x((BA)⊙M)ᵀ.
 
-    The base is loaded by plain transformers, and weights that the run changed are put in place; the second
-    product is added by forward hooks, so none of the merge's own arithmetic is used.
+    The base is run by plain transformers, block after block, each with its weights as the run changed them, if it
+    did, under their masks; the second product is added by forward hooks, so none of the merge's own arithmetic is
+    used.
 
     Args:
         base: the checkpoint before the merge.
@@ -229,33 +232,41 @@ def unmerged_logits(
         prompts: arrays (S,) of equal length.
         dtype: of weights and activations, 'float32' or 'float64'.
     Returns: (prompts, S, V) of that dtype.
-    Raises: MissingDependencyError without torch or transformers.
     """
-    model = load_model(base.folder, dtype)
     import torch
 
+    from losa_export.streamed import load_outline, stream_blocks
+
+    kind: torch.dtype = getattr(torch, dtype)
+
+    def masked(name: str) -> torch.Tensor:
+        weight: torch.Tensor = base.mapped(name).to(kind)
+        # Not bool: PyTorch multiplies floats by bool some thirty times slower.
+        return weight * torch.from_numpy(masks[name](name).view(np.uint8)) if name in masks else weight
+
+    model = load_outline(base.folder, kind, "eager")
     with torch.inference_mode():
-        for name in sorted(base.replaced):
-            model.get_submodule(name.removesuffix(".weight")).weight.copy_(torch.from_numpy(base.read(name)))
-        for name in sorted(set(masks) | set(adapter.names if adapter else ())):
-            layer = model.get_submodule(name.removesuffix(".weight"))
-            keep = torch.from_numpy(masks[name](name)) if name in masks else None
-            if keep is not None:
-                layer.weight.mul_(keep)
+        for name in sorted({*base.replaced, *masks, *(adapter.names if adapter else ())}):
+            layer: Any = model.get_submodule(name.removesuffix(".weight"))
+            if not layer.weight.is_meta:
+                layer.weight.copy_(masked(name))
             if adapter is not None and name in adapter:
                 update = adapter.read(name, base.shape(name))
-                a, b = (torch.from_numpy(factor).to(layer.weight.dtype) for factor in (update.a, update.b))
-                layer.register_forward_hook(_second_product(a, b, update.scaling, keep))
+                a, b = (torch.from_numpy(factor).to(kind) for factor in (update.a, update.b))
+                layer.register_forward_hook(_second_product(a, b, update.scaling, name, masks.get(name)))
+    stream_blocks(model, masked)
     return _logits(model, prompts)
 
 
-def _second_product(a: Any, b: Any, scaling: float, keep: Any) -> Callable[..., Any]:
-    """A forward hook that adds s·x((BA)⊙M)ᵀ; the delta lives only while the layer runs."""
+def _second_product(a: Any, b: Any, scaling: float, name: str, read_mask: ReadMask | None) -> Callable[..., Any]:
+    """A forward hook that adds s·x((BA)⊙M)ᵀ; delta and mask live only while the layer runs."""
 
     def hook(_module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+        import torch
+
         delta = b @ a
-        if keep is not None:
-            delta.mul_(keep)
+        if read_mask is not None:
+            delta.mul_(torch.from_numpy(read_mask(name).view(np.uint8)))
         return output + scaling * (inputs[0] @ delta.T)
 
     return hook

@@ -12,6 +12,7 @@ answers is the difference between the two references.
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -99,6 +100,8 @@ def compute_reference(
 ) -> Reference:
     """Run a checkpoint by plain transformers, float32, eager attention.
 
+    One decoder block's weights are in memory at a time, unless those of an exported folder take their place.
+
     Args:
         model_dir: a checkpoint folder.
         prompts: arrays (S,) of equal length; None takes `default_prompts`.
@@ -126,10 +129,16 @@ def compute_reference(
             positions=positions,
             needed=needed,
         )
-    model = load_model(model_dir)
-    if exported is not None:
-        _take_weights(model, exported)
+    _require_torch()
     import torch
+
+    from losa_export.streamed import load_streamed
+
+    if exported is None:
+        model: Any = load_streamed(model_dir)
+    else:
+        model = load_model(model_dir)
+        _take_weights(model, exported)
 
     with torch.inference_mode():
         answer = model(input_ids=torch.from_numpy(np.stack(chosen)), use_cache=True)
@@ -165,16 +174,24 @@ def load_model(folder: Path, dtype: str = "float32", attention: str = "eager") -
         attention: implementation, as transformers names it.
     Raises: MissingDependencyError without torch or transformers.
     """
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise MissingDependencyError.for_extra(error.name or "transformers", "train", "running the model") from error
+    _require_torch()
+    import torch
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True
     )
     return model.eval()
+
+
+def _require_torch() -> None:
+    """Raises: MissingDependencyError naming the first package that running a model lacks."""
+    for package in ("torch", "transformers", "accelerate"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise MissingDependencyError.for_extra(error.name or package, "train", "running the model") from error
 
 
 def _take_weights(model: Any, exported: Path) -> None:
