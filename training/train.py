@@ -65,6 +65,7 @@ from losa_export.training.stop import StoppedError, StopRequest
 # With a time budget, a round is planned anew when the plan misses its share by more than this part.
 _REPLAN_TOLERANCE = 0.1
 _MEASURED_STEPS = 2
+_OUTPUT_FILES = (MASKS_FILE, WEIGHTS_FILE, JOURNAL_FILE, PLOT_FILE, CONFIG_FILE)
 # In the folder of the state: weights that changed, while their block is not at work.
 _PARKING = "parked"
 
@@ -153,8 +154,11 @@ def train(
         state, tensors = saved.state, dict(saved.tensors)
         if state.phase == "complete":
             return _finished(config, state)
+        if accelerator.is_main_process:
+            _sweep(config.output)
     elif accelerator.is_main_process:
         _clear(config.output)
+        _sweep(config.output)
         save_state(config.output, state, {}, inputs.fingerprint)
     session = _Session(config, inputs, state, accelerator, show_progress, on_step, clock)
     try:
@@ -202,11 +206,19 @@ def _clear(run: Path) -> None:
     """Remove an earlier run's files, and nothing else that may lie in the folder. The state goes last."""
     with disk_errors(run):
         run.mkdir(parents=True, exist_ok=True)
-        for name in (MASKS_FILE, WEIGHTS_FILE, JOURNAL_FILE, PLOT_FILE, CONFIG_FILE):
+        for name in _OUTPUT_FILES:
             (run / name).unlink(missing_ok=True)
         for name in (ADAPTER_FOLDER, STATE_FOLDER):
             if (run / name).is_dir():
                 shutil.rmtree(run / name)
+
+
+def _sweep(run: Path) -> None:
+    """Remove what a killed process had begun to write: an output's name between a dot and a random end."""
+    with disk_errors(run):
+        for name in (*_OUTPUT_FILES, ADAPTER_FOLDER):
+            for path in run.glob(f".{name}.*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class _Session:

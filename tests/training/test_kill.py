@@ -1,109 +1,142 @@
-"""kill -9 at any moment, then resume: the same masks, losses and adapters as a run that was left alone."""
+"""kill -9 at ten random moments: the resumed run has the masks, ranks and losses of one that was left alone."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from losa_export.masks import digest, load_masks
 from losa_export.training.config import TrainConfig, to_table
+from losa_export.training.settings import preset_file, read_settings
+
+KILLS = 10
 
 # One process imports everything, computes nothing, and forks a child for each attempt: a child is killed for
 # good, and starts as fresh as a process does, but without the seconds that importing takes.
 DRIVER = '''
-import json, os, random, signal, sys, time, warnings
+import dataclasses, json, os, random, signal, sys, time
 from pathlib import Path
 import torch, transformers, accelerate, safetensors.torch
 from transformers.models.llama import modeling_llama
-from losa_export.masks import digest, load_masks
 from losa_export.training.config import from_table
 from losa_export.training.train import train
 
-table, log, seed = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-config = from_table(table, Path("argument"))
-generator = random.Random(seed)
+table, folder, kills = json.loads(sys.argv[1])
+whole = from_table(table, Path("argument"))
+generator = random.Random(0)
 
 
-def attempt(resume, kill_after_events, delay):
-    """Runs a child; kills it `delay` seconds after it has logged that many events. Returns: its exit status."""
-    before = len(log.read_text().splitlines()) if log.exists() else 0
+def attempt(config, log, resume, kill_after):
+    """Train in a child, and kill it after so many seconds. Returns: whether it lived to the end, and how long."""
+    started = time.monotonic()
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
         with log.open("a", buffering=1) as out:
             def note(record):
-                print(json.dumps([record.round_number, record.step, record.loss]), file=out)
+                print(json.dumps([record.round_number, record.step, record.loss, dict(record.terms)]), file=out)
             train(config, resume=resume, show_progress=False, on_step=note)
         os._exit(0)
-    while kill_after_events is not None:
+    status = None
+    while kill_after is not None and time.monotonic() - started < kill_after:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return status
-        events = len(log.read_text().splitlines()) - before if log.exists() else 0
-        if events >= kill_after_events:
-            time.sleep(delay)
-            os.kill(child, signal.SIGKILL)
             break
         time.sleep(0.001)
-    return os.waitpid(child, 0)[1]
+    else:
+        if kill_after is not None:
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return status == 0, time.monotonic() - started
 
 
-kills, resume = 0, False
-if seed >= 0:
-    for events in (generator.randint(1, 3), generator.randint(0, 4), generator.randint(1, 3)):
-        status = attempt(resume, events, generator.random() * 0.05)
-        kills += os.WIFSIGNALED(status)
-        resume = (Path(config.output) / "state").is_dir()
-assert attempt(resume, None, 0.0) == 0
-print(kills)
+_, seconds = attempt(whole, Path(folder, "whole.log"), False, None)
+runs, points = 0, []
+while len(points) < kills:
+    output = Path(folder, f"killed-{runs}")
+    # A state after every step, after some, or only between pruning and tuning.
+    saving = (0.0, 0.05, 1e9)[runs % 3]
+    config = dataclasses.replace(whole, output=output, save_every_seconds=saving)
+    finished = False
+    while not finished:
+        after = generator.uniform(0.0, 0.5 * seconds) if len(points) < kills else None
+        finished, lived = attempt(config, Path(folder, f"killed-{runs}.log"), (output / "state").is_dir(), after)
+        if not finished:
+            points.append([runs, round(lived, 3)])
+    runs += 1
+print(json.dumps({"runs": runs, "points": points, "seconds": seconds}))
 '''
 
 
-def run_driver(config: TrainConfig, log: Path, seed: int) -> int:
-    arguments = [sys.executable, "-P", "-c", DRIVER, json.dumps(to_table(config)), str(log), str(seed)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+@pytest.fixture
+def recommended(tiny_config: Callable[..., TrainConfig]) -> TrainConfig:
+    """The preset, with everything that takes long cut down."""
+    small: dict[str, Any] = {
+        "rounds": 3,
+        "rank": 2,
+        "rank_growth": 0.25,
+        "max_rank": 4,
+        "calibration_windows": 6,
+        "reconstruct_epochs": 2,
+    }
+    return tiny_config(**(read_settings(preset_file("recommended")) | small))
 
 
-def test_a_run_killed_at_random_points_ends_as_if_nothing_had_happened(
-    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(
+    recommended: TrainConfig, tmp_path: Path
 ) -> None:
-    options = {"save_every_seconds": 0.0, "steps": 12, "rounds": 3}
-    whole = tiny_config(output=tmp_path / "whole", **options)
-    run_driver(whole, tmp_path / "whole.log", -1)
+    arguments = json.dumps([to_table(recommended), str(tmp_path), KILLS])
+    command = [sys.executable, "-P", "-c", DRIVER, arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert len(report["points"]) == KILLS
     expected = dict(_events(tmp_path / "whole.log"))
-    assert len(expected) == 12
-    for seed in (0, 1):
-        killed = tiny_config(output=tmp_path / f"killed-{seed}", **options)
-        log = tmp_path / f"killed-{seed}.log"
-        assert run_driver(killed, log, seed) >= 2
-        events = _events(log)
+    assert len(expected) == 10
+    wanted = _outcome(recommended.output)
+    # Killing would prove little if what a state must hold were not there: unlike ranks, fitted blocks, a teacher.
+    last = wanted["rounds"][-1]
+    assert min(last["block_fits"]) > [0, 0]
+    assert sorted(last["loss_terms"]) == ["cross_entropy", "kl", "squarehead"]
+    assert wanted["ranks"]["rank_pattern"]
+    for number in range(report["runs"]):
+        events = _events(tmp_path / f"killed-{number}.log")
         # Steps that were done but not yet saved are done again, and must give the same loss again.
-        assert all(expected[place] == loss for place, loss in events)
+        assert all(expected[place] == losses for place, losses in events)
         assert dict(events) == expected
-        masks, wanted = (load_masks(folder / "masks.safetensors") for folder in (killed.output, whole.output))
-        assert [digest(masks.read(name)) for name in masks.names] == [digest(wanted.read(name)) for name in masks.names]
-        adapter = Path("adapter", "adapter_model.safetensors")
-        assert (killed.output / adapter).read_bytes() == (whole.output / adapter).read_bytes()
-        rounds = [json.loads(line) for line in (killed.output / "rounds.jsonl").read_text().splitlines()]
-        assert [row["round_number"] for row in rounds] == [1, 2, 3]
-        assert [loss for row in rounds for loss in row["losses"]] == [expected[place] for place in sorted(expected)]
+        assert _outcome(tmp_path / f"killed-{number}") == wanted
 
 
-def _events(log: Path) -> list[tuple[tuple[int, int], float]]:
+def _outcome(run: Path) -> dict[str, Any]:
+    """All that a run leaves but for times: the masks, ranks and losses among it, and every byte of the weights."""
+    masks = load_masks(run / "masks.safetensors")
+    clocked = ("prune_seconds", "tune_seconds", "measure_seconds", "peak_memory_bytes")
+    rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    return {
+        "masks": {name: digest(masks.read(name)) for name in masks.names},
+        "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes(),
+        "ranks": json.loads((run / "adapter" / "adapter_config.json").read_text()),
+        "weights": (run / "weights.safetensors").read_bytes(),
+        "rounds": [{key: value for key, value in row.items() if key not in clocked} for row in rounds],
+        "files": sorted(path.name for path in run.iterdir()),
+    }
+
+
+def _events(log: Path) -> list[tuple[tuple[int, int], Any]]:
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    return [((number, step), loss) for number, step, loss in rows]
+    return [((number, step), (loss, terms)) for number, step, loss, terms in rows]
 
 
 @pytest.fixture(autouse=True)
 def _needs_fork() -> None:
-    import os
-
     if not hasattr(os, "fork"):
         pytest.skip("needs os.fork, which this system lacks")
