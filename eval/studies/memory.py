@@ -1,0 +1,240 @@
+"""Memory that pruning and merging take, against the number of decoder blocks: the commands on random checkpoints.
+
+Run as `python -m losa_export.eval.studies.memory --blocks 2 4 8`; a table for a page comes out on standard output. The
+blocks have the shape of Llama 2 7B. Linux only: memory is read from /proc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from losa_export.architecture import DecoderSpec, tensor_shapes
+from losa_export.errors import RuntimeFailureError
+from losa_export.layout import LLAMA
+from losa_export.progress import Progress
+
+# How often a process's memory is read.
+_SECONDS = 0.02
+_WORDS = 300
+# The command line in a process of its own.
+_CODE = "import sys; from losa_export.cli import main; sys.exit(main(sys.argv[1:]))"
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama."""
+
+    hidden: int = 4096
+    intermediate: int = 11008
+    heads: int = 32
+    vocabulary: int = 32000
+
+    def config(self, blocks: int) -> dict[str, object]:
+        """Its config.json, with so many blocks."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "num_hidden_layers": blocks,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "dtype": "bfloat16",
+        }
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a command took.
+
+    Attributes:
+        peak_anonymous_bytes: the most memory of its own that it held: what the system cannot take back.
+        peak_resident_bytes: the most that was in memory for it, with the pages of files that it had mapped, which the
+            system drops when memory is short.
+        seconds: wall time.
+    """
+
+    peak_anonymous_bytes: int
+    peak_resident_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint. `checkpoint_bytes` is the size of its weights, in bfloat16."""
+
+    blocks: int
+    checkpoint_bytes: int
+    train: Usage
+    merge: Usage
+
+
+def write_checkpoint(folder: Path, shape: Shape, blocks: int) -> int:
+    """Write a random bfloat16 checkpoint, a file for each block, with a tokenizer of a few words.
+
+    Returns: bytes of its weights.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    config = shape.config(blocks)
+    spec = DecoderSpec.from_config(config, folder)
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(size: tuple[int, ...]) -> torch.Tensor:
+        if len(size) == 1:
+            return torch.ones(size, dtype=torch.bfloat16)
+        return torch.empty(size, dtype=torch.bfloat16).normal_(0.0, size[1] ** -0.5, generator=generator)
+
+    folder.mkdir(parents=True)
+    files: dict[str, list[str]] = {}
+    shapes = tensor_shapes(spec)
+    for name in shapes:
+        block = LLAMA.place(name)[0] if name.startswith(f"{LLAMA.blocks}.") else "rest"
+        files.setdefault(f"model-{block}.safetensors", []).append(name)
+    total = 0
+    for file, names in files.items():
+        tensors = {name: tensor(shapes[name]) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        total += sum(one.nbytes for one in tensors.values())
+    index = {name: file for file, names in files.items() for name in names}
+    table = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(table))
+    (folder / "config.json").write_text(json.dumps(config))
+    _write_tokenizer(folder)
+    return total
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(_WORDS)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def write_text(path: Path, tokens: int) -> None:
+    """Write random words, `tokens` of them."""
+    import numpy as np
+
+    words = np.random.default_rng(0).integers(1, _WORDS, tokens)
+    path.write_text(" ".join(f"w{word}" for word in words) + "\n", encoding="utf-8")
+
+
+def measure(arguments: Sequence[str]) -> Usage:
+    """Run a `losa` command in a process of its own, and watch its memory.
+
+    Raises: RuntimeFailureError with the end of what it printed, if it fails.
+    """
+    command = [sys.executable, "-P", "-c", _CODE, *arguments]
+    started = time.monotonic()
+    anonymous = resident = 0
+    with tempfile.TemporaryFile("w+") as output:
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            while child.poll() is None:
+                now = _memory(Path(f"/proc/{child.pid}/status"))
+                anonymous, resident = max(anonymous, now[0]), max(resident, now[1])
+                time.sleep(_SECONDS)
+        finally:
+            child.kill()
+        output.seek(0)
+        if child.returncode != 0:
+            raise RuntimeFailureError(
+                f"'losa {' '.join(arguments)}' failed: {output.read()[-2000:].strip()}", code=child.returncode
+            )
+    return Usage(anonymous, resident, time.monotonic() - started)
+
+
+def _memory(status: Path) -> tuple[int, int]:
+    """Anonymous memory now, and the peak of all that was resident; zeros for a process that has just ended."""
+    try:
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    except (FileNotFoundError, ProcessLookupError):
+        return 0, 0
+    return tuple(int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "VmHWM"))  # type: ignore[return-value]
+
+
+def study(shape: Shape, blocks: int, work: Path, options: Sequence[str]) -> Row:
+    """Write a checkpoint, prune it without tuning, merge, and clear all of it away.
+
+    Args:
+        shape: of the model.
+        blocks: how many.
+        work: an existing folder; a checkpoint in bfloat16 and one in float32 must fit.
+        options: further ones for `losa train`.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="losa-memory-", dir=work))
+    try:
+        size = write_checkpoint(folder / "model", shape, blocks)
+        write_text(folder / "text.txt", 20_000)
+        train = ["train", str(folder / "model"), "-o", str(folder / "run"), "--text", str(folder / "text.txt")]
+        train += ["--sparsity", "0.5", "--rounds", "1", "--steps", "0", *options]
+        return Row(
+            blocks,
+            size,
+            measure(train),
+            measure(["merge", str(folder / "run"), "-o", str(folder / "merged")]),
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    lines = [
+        "| blocks | weights on disk, GiB | prune: own memory, GiB | with mapped files | s | merge: own memory, GiB "
+        "| with mapped files | s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [str(row.blocks), f"{row.checkpoint_bytes / _GIB:.2f}"]
+        for usage in (row.train, row.merge):
+            cells += [f"{usage.peak_anonymous_bytes / _GIB:.2f}", f"{usage.peak_resident_bytes / _GIB:.2f}"]
+            cells.append(f"{usage.seconds:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure the memory of `losa train --steps 0` and `losa merge`; 0 when done."""
+    parser = argparse.ArgumentParser(prog="python -m losa_export.eval.studies.memory", description=main.__doc__)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 8], metavar="N", help="default: 2 4 8")
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR", help="where checkpoints are written"
+    )
+    parser.add_argument("--windows", type=int, default=4, metavar="N", help="to calibrate on (default: 4)")
+    parser.add_argument("--window", type=int, default=512, metavar="TOKENS", help="of each (default: 512)")
+    parser.add_argument("options", nargs="*", metavar="OPTION", help="after --: further ones for 'losa train'")
+    options = parser.parse_args(arguments)
+    train = ["--dtype", "bf16", "--window", str(options.window), "--calibration-windows", str(options.windows)]
+    rows = []
+    with Progress("measuring", len(options.blocks), "checkpoints") as progress:
+        for blocks in options.blocks:
+            try:
+                rows.append(study(Shape(), blocks, options.work, [*train, *options.options]))
+            except RuntimeFailureError as error:
+                sys.stderr.write(f"losa: error: {error}\n")
+                return error.exit_code
+            progress.advance(1)
+    sys.stdout.write(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
