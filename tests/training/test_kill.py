@@ -26,6 +26,7 @@ from pathlib import Path
 import torch, transformers, accelerate, safetensors.torch
 from transformers.models.llama import modeling_llama
 from losa_export.training.config import from_table
+from losa_export.training.state import is_resumable
 from losa_export.training.train import train
 
 table, folder, kills = json.loads(sys.argv[1])
@@ -33,9 +34,12 @@ whole = from_table(table, Path("argument"))
 generator = random.Random(0)
 
 
-def attempt(config, log, resume, kill_after):
-    """Train in a child, and kill it after so many seconds. Returns: whether it lived to the end, and how long."""
+def attempt(config, log, resume, moment):
+    """Train in a child, and kill it so many seconds after so many steps. Returns: whether it lived, and how long."""
     started = time.monotonic()
+    steps, delay = moment or (0, 0.0)
+    done_before = count_lines(log)
+    due = None if steps else started + delay
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
@@ -45,17 +49,23 @@ def attempt(config, log, resume, kill_after):
             train(config, resume=resume, show_progress=False, on_step=note)
         os._exit(0)
     status = None
-    while kill_after is not None and time.monotonic() - started < kill_after:
+    while moment is not None and (due is None or time.monotonic() < due):
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             break
-        time.sleep(0.001)
+        if due is None and count_lines(log) - done_before >= steps:
+            due = time.monotonic() + delay
+        time.sleep(0.0005)
     else:
-        if kill_after is not None:
+        if moment is not None:
             os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
     assert status in (0, signal.SIGKILL), status
     return status == 0, time.monotonic() - started
+
+
+def count_lines(log):
+    return log.read_text().count("\\n") if log.exists() else 0
 
 
 _, seconds = attempt(whole, Path(folder, "whole.log"), False, None)
@@ -64,11 +74,14 @@ while len(points) < kills:
     output = Path(folder, f"killed-{runs}")
     # A state after every step, after some, or only between pruning and tuning.
     saving = (0.0, 0.05, 1e9)[runs % 3]
-    config = dataclasses.replace(whole, output=output, save_every_seconds=saving)
+    config = dataclasses.replace(whole, output=output, save_every_seconds=saving, overwrite=True)
     finished = False
     while not finished:
-        after = generator.uniform(0.0, 0.5 * seconds) if len(points) < kills else None
-        finished, lived = attempt(config, Path(folder, f"killed-{runs}.log"), (output / "state").is_dir(), after)
+        # Half of them anywhere, mostly while the model is read or pruned; half of them soon after a step.
+        anywhere = (0, generator.uniform(0.0, 0.7 * seconds))
+        moment = generator.choice([anywhere, (generator.randint(1, 4), generator.uniform(0.0, 0.02))])
+        moment = moment if len(points) < kills else None
+        finished, lived = attempt(config, Path(folder, f"killed-{runs}.log"), is_resumable(output), moment)
         if not finished:
             points.append([runs, round(lived, 3)])
     runs += 1
