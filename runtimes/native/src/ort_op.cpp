@@ -229,6 +229,9 @@ Status* infer_shape(const Calls& calls, ort::ShapeInferContext* context, bool em
   std::vector<const char*> names(rank, "");
   if (Status* status = calls.dims(input, dims.data(), rank)) return status;
   if (Status* status = calls.dim_names(input, names.data(), rank)) return status;
+  // ONNX Runtime would take the -1 of a size without number and name for a number.
+  for (size_t i = 0; i + (embedding ? 0 : 1) < rank; ++i)
+    if (dims[i] < 0 && (names[i] == nullptr || *names[i] == 0)) return nullptr;
   if (embedding) {
     dims.push_back(rows);
     names.push_back("");
