@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,7 @@ class CellTask:
             record = json.loads(self.result_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        # By way of JSON, in which a tuple is a list and a path a string.
-        return record if record.get("recipe") == _plain(self.recipe()) else None
+        return record if _same_recipe(_plain(self.recipe()), record.get("recipe")) else None
 
 
 def run_cell(task: CellTask) -> dict[str, Any]:
@@ -228,9 +227,22 @@ def file_label(path: Path) -> str:
     return f"{path.resolve().parent.name}/{path.name}"
 
 
+def _same_recipe(now: Mapping[str, Any], then: Any) -> bool:
+    """Whether a recorded recipe is the present one; a setting that there was not yet counts as its default."""
+    if not isinstance(then, dict) or len(then.get("runs", ())) != len(now["runs"]):
+        return False
+    defaults = _plain({field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING})
+    filled = [
+        {name: defaults.get(name) for name in ours if name not in theirs} | theirs
+        for ours, theirs in zip(now["runs"], then["runs"], strict=True)
+    ]
+    return {**then, "runs": filled} == now
+
+
 def _mean(values: NDArray[np.float64]) -> float:
     return float(values.mean())
 
 
 def _plain(value: Any) -> Any:
+    """As JSON gives it back: a tuple is a list, a path a string."""
     return json.loads(json.dumps(value, default=str))

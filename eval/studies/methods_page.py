@@ -131,7 +131,8 @@ _SCALED = (
     "tokens, with 128 windows of 2,048 to calibrate on; here it reads the same packed windows as all others, "
     "without beginning-of-text tokens, and measures mutual information on half of the calibration windows, as the "
     "preset does. Its learning rate, 2e-4, was chosen for a model of 7 billion weights and far more steps. Under a "
-    "pattern such as 2:4 every block ends with the same sparsity, so allocators act on the way there only.",
+    "pattern such as 2:4 every block ends with the same sparsity, so allocators act on the way there only. "
+    "Reconstruction reads the calibration windows several times more, block by block; these tokens are not counted.",
 )
 
 
@@ -236,7 +237,19 @@ def _components(text: str, cells: Sequence[Record], sparsities: Sequence[str]) -
         *table,
         "",
         *(_sentence(component, by) for component, by in shown),
+        *_unhelpful(shown),
     ]
+
+
+def _unhelpful(shown: Sequence[tuple[Component, Mapping[str, Difference]]]) -> list[str]:
+    """By name, what the seeds show no gain of."""
+    plain = {ComponentVerdict.NO_DIFFERENCE_SHOWN: "no difference shown", ComponentVerdict.HURT: "hurt"}
+    named = [
+        f"{component.says} ({plain[by[ALL].verdict]})"
+        for component, by in shown
+        if ALL in by and by[ALL].verdict in plain
+    ]
+    return ["", f"**What did not help here:** {'; '.join(named)}."] if named else []
 
 
 _MARKS = {ComponentVerdict.HELPED: " ▼", ComponentVerdict.HURT: " ▲"}

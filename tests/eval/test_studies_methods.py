@@ -169,6 +169,23 @@ def test_another_budget_or_text_makes_a_result_void(study: Study) -> None:
     assert others[0].results() == []
 
 
+def test_a_setting_that_came_later_voids_results_only_if_it_is_used(study: Study) -> None:
+    cell = Cell("wanda", "50%", 0)
+    run_cell(study.task(cell))
+    path = study.task(cell).result_file
+    record = json.loads(path.read_text())
+    (settings,) = record["recipe"]["runs"]
+
+    def without(name: str) -> Any:
+        recipe = record["recipe"] | {"runs": [{key: value for key, value in settings.items() if key != name}]}
+        path.write_text(json.dumps(record | {"recipe": recipe}))
+        return study.task(cell).finished()
+
+    assert without("damping") is not None  # at its default
+    assert without("max_rank") is not None
+    assert without("window") is None  # 16, where 256 is the default
+
+
 def test_an_interrupted_cell_goes_on_to_the_same_result(study: Study, tmp_path: Path) -> None:
     cell = Cell("teacher", "60%", 0)
     whole = run_cell(study.task(cell))
@@ -406,6 +423,10 @@ def test_the_page_says_plainly_what_did_not_help(tmp_path: Path) -> None:
     assert "Tuning under the masks (`masked-lora` against `wanda`): **HELPED**, perplexity -63.2%." in text
     assert "The ramp: five rounds in place of one (`ramp` against `masked-lora`): **HURT**, perplexity +22.1%." in text
     assert "(`rmi` against `ramp`): **NO DIFFERENCE SHOWN**, perplexity +0.3%." in text
+    assert (
+        "**What did not help here:** The ramp: five rounds in place of one (hurt); "
+        "Block sparsities by mutual information (no difference shown)." in text
+    )
     assert "320 tokens" in text
     perplexities = np.exp([2.0, 3.001, 4.0])  # gap closed: 1.0 of 2.0, 0.999 of 3.0, 1.0 of 4.0 nats
     assert f"| `masked-lora` | {perplexities.mean():.2f} ± {perplexities.std(ddof=1):.2f} (36%) |" in text
