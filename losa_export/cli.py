@@ -350,7 +350,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "operator",
         str,
         "NAME",
-        "exact gradients, or lors: a third less arithmetic without the mask in them (default: exact)",
+        "exact gradients; exact_bf16: one product of three in bfloat16; lors: none of it, and no mask in them"
+        " (default: exact)",
     )
     _add_setting(tuning, "--dropout", "adapter_dropout", float, "P", "before the adapters (default: 0.0)")
     _add_switch(

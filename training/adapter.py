@@ -34,15 +34,20 @@ def effective_weight(weight: Tensor, mask: Tensor, a: Tensor, b: Tensor, scaling
     return merged.mul_(mask)
 
 
-Operator = Literal["exact", "lors"]
+Operator = Literal["exact", "exact_bf16", "lors"]
+
+# An effective weight with at most so many times the elements of the layer's input is kept for the backward pass.
+_KEPT_BESIDE_INPUT = 2
 
 
 class _MaskedLoRAFunction(torch.autograd.Function):
     """One matrix product forward; backward two with exact gradients, or one with those of LoRS.
 
-    Only x, A, B and references to W and M are kept; the effective weight is built again in `backward`.
-    The exact gradients are ∂A = s·Bᵀ(G⊙M) and ∂B = s·(G⊙M)Aᵀ with G = gᵀx, g the gradient of the output. "lors"
-    drops M from them, so that G, as large as W, is never formed: ∂A = s·(gB)ᵀx and ∂B = s·gᵀ(xAᵀ).
+    Only x, A, B and references to W and M are kept; the effective weight is built again in `backward`, unless it is
+    small beside x. What is kept then is still less than with unmerged adapters, which keep activations of their own.
+    The exact gradients are ∂A = s·Bᵀ(G⊙M) and ∂B = s·(G⊙M)Aᵀ with G = gᵀx, g the gradient of the output. "exact_bf16"
+    rounds g, x and G to bfloat16. "lors" drops M, so that G, as large as W, is never formed: ∂A = s·(gB)ᵀx and
+    ∂B = s·gᵀ(xAᵀ). Under a mask that prunes nothing these are the exact ones, and are taken whatever the operator.
 
     Source: of "lors", LoRS, arXiv:2501.08582.
     """
@@ -58,31 +63,39 @@ class _MaskedLoRAFunction(torch.autograd.Function):
         bias: Tensor | None,
         scaling: float,
         operator: Operator,
+        prunes: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, a, b, weight, mask)
-        ctx.scaling, ctx.operator = scaling, operator
+        ctx.scaling, ctx.operator, ctx.masked = scaling, operator, prunes and operator != "lors"
         with torch.autocast(x.device.type, enabled=False):
             merged = effective_weight(weight, mask, a, b, scaling).to(x.dtype)
+            kept = merged if mask.numel() <= _KEPT_BESIDE_INPUT * x.numel() else None
+            ctx.save_for_backward(x, a, b, weight, mask, kept)
             return functional.linear(x, merged, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, weight, mask = ctx.saved_tensors
+        x, a, b, weight, mask, merged = ctx.saved_tensors
         grad_x = grad_a = grad_b = None
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                grad_x = grad_output @ effective_weight(weight, mask, a, b, ctx.scaling).to(x.dtype)
+                if merged is None:
+                    merged = effective_weight(weight, mask, a, b, ctx.scaling).to(x.dtype)
+                grad_x = grad_output @ merged
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
                 rows, inputs = grad_output.reshape(-1, grad_output.shape[-1]), x.reshape(-1, x.shape[-1])
-                if ctx.operator == "lors":
-                    grad_a = ((rows @ b.to(x.dtype)).T @ inputs).to(a.dtype).mul_(ctx.scaling)
-                    grad_b = (rows.T @ (inputs @ a.T.to(x.dtype))).to(a.dtype).mul_(ctx.scaling)
-                else:
+                # The few rows of a factor stand on the left: BLAS libraries are several times slower with them as
+                # columns on the right.
+                if ctx.masked:
+                    if ctx.operator == "exact_bf16":
+                        rows, inputs = rows.bfloat16(), inputs.bfloat16()
                     grad_weight = (rows.T @ inputs).to(a.dtype).mul_(mask)
-                    grad_a = (b.T @ grad_weight).mul_(ctx.scaling)
-                    grad_b = (grad_weight @ a.T).mul_(ctx.scaling)
-        return grad_x, grad_a, grad_b, None, None, None, None, None
+                    grad_a, grad_b = b.T @ grad_weight, (a @ grad_weight.T).T
+                else:
+                    grad_a = ((b.T.to(x.dtype) @ rows.T) @ inputs).to(a.dtype)
+                    grad_b = ((a.to(x.dtype) @ inputs.T) @ rows).to(a.dtype).T
+                grad_a, grad_b = grad_a.mul_(ctx.scaling), grad_b.mul_(ctx.scaling)
+        return grad_x, grad_a, grad_b, None, None, None, None, None, None
 
 
 class _MaskedProduct(torch.autograd.Function):
@@ -152,6 +165,7 @@ class MaskedLoRALinear(nn.Module):
         self._dense: Tensor | None = None
         self._weight_changed = False
         self._parked_mask: NDArray[np.uint8] | None = None
+        self._prunes = False
         if outlined:
             self.park()
         self.eval()
@@ -232,6 +246,7 @@ class MaskedLoRALinear(nn.Module):
                 f"a mask of shape {tuple(kept.shape)} does not fit a weight of shape {shape}; "
                 "use the masks of this model"
             )
+        self._prunes = not bool(kept.all())
         if self.parked:
             self._parked_mask = np.packbits(kept.cpu().numpy().reshape(-1), bitorder="little")
         else:
@@ -300,7 +315,7 @@ class MaskedLoRALinear(nn.Module):
         return self._product(x, a, b, self.weight, bias)
 
     def _product(self, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        arguments = (x, a, b, weight, self.mask, bias, self.scaling, self.operator)
+        arguments = (x, a, b, weight, self.mask, bias, self.scaling, self.operator, self._prunes)
         output: Tensor = _MaskedLoRAFunction.apply(*arguments)  # type: ignore[no-untyped-call]
         return output
 

@@ -28,7 +28,7 @@ Device = Literal["auto", "cpu", "cuda"]
 # accumulated: the dense block reads what the dense model gives it, so the error holds that of all blocks before.
 # local: it reads what the sparse model gives it, so the error is the block's own.
 ErrorKind = Literal["accumulated", "local"]
-Operator = Literal["exact", "lors"]
+Operator = Literal["exact", "exact_bf16", "lors"]
 Schedule = Literal["cosine", "per_round"]
 ReconstructTarget = Literal["accumulated", "local"]
 ReconstructRounds = Literal["last", "every"]
@@ -71,7 +71,8 @@ class TrainConfig:
             them; "per_round" starts every round anew: rise, linear fall to zero, no moments of the round before.
         kl_weight: λ₁ of the divergence KL(dense ‖ sparse) of the predictions; 0 asks no teacher.
         squarehead_weight: λ₂ of the summed relative errors of the blocks' outputs; 0 asks no teacher.
-        operator: "exact" gradients of the adapters, or "lors", which leaves the mask out of them.
+        operator: "exact" gradients of the adapters; "exact_bf16", the same from factors rounded to bfloat16, for
+            processors that multiply those fast; or "lors", which leaves the mask out of them.
         adapter_dropout: probability that an adapter does not see an input feature of a token; 0 needs one matrix
             product less in the forward pass.
         gradient_checkpointing: keep only the blocks' inputs and compute each block again in the backward pass.
@@ -213,7 +214,7 @@ class TrainConfig:
         self._choice("dtype", ("fp32", "bf16"))
         self._choice("compute", ("auto", "fp32", "bf16"))
         self._choice("device", ("auto", "cpu", "cuda"))
-        self._choice("operator", ("exact", "lors"))
+        self._choice("operator", ("exact", "exact_bf16", "lors"))
         self._choice("learning_rate_schedule", ("cosine", "per_round"))
         self._choice("sparsity_allocator", tuple(SPARSITY_ALLOCATORS))
         self._choice("rank_allocator", tuple(RANK_ALLOCATORS))

@@ -40,6 +40,7 @@ from losa_export.training.outputs import ADAPTER_FOLDER, MASKS_FILE, write_outpu
 from losa_export.training.plot import PLOT_FILE
 from losa_export.training.preflight import TrainInputs, check_inputs, one_shot_config
 from losa_export.training.processes import Processes
+from losa_export.training.products import Library, fast_products, product_library
 from losa_export.training.prune import prune_blocks
 from losa_export.training.reconstruct import Reconstructor, ReconstructSettings
 from losa_export.training.rule import PruneRule
@@ -162,7 +163,7 @@ def train(
         save_state(config.output, state, {}, inputs.fingerprint)
     session = _Session(config, inputs, state, accelerator, show_progress, on_step, clock)
     try:
-        with StopRequest(echoed=session.processes.count > 1) as stop:
+        with fast_products(session.products), StopRequest(echoed=session.processes.count > 1) as stop:
             session.run(tensors, stop)
     except StoppedError:
         return TrainResult(config.output, "interrupted", tuple(state.records), state.elapsed_seconds)
@@ -238,6 +239,7 @@ class _Session:
         self.on_step, self.clock = on_step, clock
         self.accelerator = accelerator
         self.processes = Processes(accelerator)
+        self.products: Library = product_library() if accelerator.device.type == "cpu" else "default"
         self.writes = bool(self.accelerator.is_main_process)
         self.shows = show_progress and self.writes
         self.compute = choose_compute(config.compute, config.dtype, self.accelerator.device)
@@ -633,6 +635,7 @@ class _Session:
                 **versions,
                 "device": str(self.accelerator.device),
                 "compute": self.compute,
+                "float32_products": self.products,
                 "threads": torch.get_num_threads(),
                 "blocks_in_memory": "one at a time" if self._streams() else "all",
                 "processes": int(self.accelerator.num_processes),

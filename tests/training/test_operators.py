@@ -1,4 +1,4 @@
-"""The two gradient operators, dropout before the adapter, and the teacher's view of a layer."""
+"""The gradient operators, dropout before the adapter, and the teacher's view of a layer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from losa_export.training import adapter
 from losa_export.training.adapter import MaskedLoRALinear, Operator
 
 
@@ -42,12 +43,44 @@ def gradients(layer: MaskedLoRALinear) -> tuple[Tensor, ...]:
     return torch.autograd.grad((layer(x) * signal).sum(), [x, layer.lora_A, layer.lora_B])
 
 
-def test_lors_equals_exact_where_nothing_is_pruned() -> None:
-    for mine, wanted in zip(
-        gradients(make_layer("lors", density=1.1)), gradients(make_layer("exact", density=1.1)), strict=True
-    ):
+@pytest.mark.parametrize("operator", ["exact", "exact_bf16", "lors"])
+def test_every_operator_is_exact_where_nothing_is_pruned(operator: Operator) -> None:
+    layer = make_layer(operator, density=1.1)
+    x, signal = inputs()
+    a, b = layer.active()
+    plain = functional.linear(x, layer.weight + 2.0 * b @ a, layer.bias)
+    wanted = torch.autograd.grad((plain * signal).sum(), [x, layer.lora_A, layer.lora_B])
+    for mine, other in zip(gradients(layer), wanted, strict=True):
         # 1e-12 relative: float64 sums of some hundred terms in two orders
-        torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+def test_rounding_to_bfloat16_moves_the_adapters_gradients_a_little_and_no_other() -> None:
+    exact, rounded = gradients(make_layer("exact")), gradients(make_layer("exact_bf16"))
+    assert torch.equal(rounded[0], exact[0])
+    for mine, wanted in zip(rounded[1:], exact[1:], strict=True):
+        # 2^-7 in norm: eight bits of mantissa, in the two factors and in their product
+        assert 0.0 < float((mine - wanted).norm()) < 2.0**-7 * float(wanted.norm())
+
+
+@pytest.mark.parametrize("operator", ["exact", "lors"])
+def test_a_weight_that_is_kept_for_the_backward_pass_changes_no_bit(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, sizes = [], []
+    for times in (0, 1_000_000):
+        monkeypatch.setattr(adapter, "_KEPT_BESIDE_INPUT", times)
+        layer, kept = make_layer(operator), []
+
+        def note(tensor: Tensor, kept: list[int] = kept) -> Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            results.append(gradients(layer))
+        sizes.append(sum(kept))
+    assert all(torch.equal(mine, other) for mine, other in zip(*results, strict=True))
+    assert sizes[1] == sizes[0] + 6 * 10
 
 
 def test_lors_equals_finite_differences_where_nothing_is_pruned() -> None:
@@ -72,7 +105,7 @@ def test_under_a_mask_lors_leaves_the_mask_out_of_the_adapters_gradients_alone()
     assert not torch.allclose(mine[1], exact[1])
 
 
-@pytest.mark.parametrize("operator", ["exact", "lors"])
+@pytest.mark.parametrize("operator", ["exact", "exact_bf16", "lors"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_only_active_slices_of_the_adapters_get_gradients(operator: Operator, dropout: float) -> None:
     layer = make_layer(operator, dropout=dropout).train()
@@ -88,7 +121,7 @@ def test_only_active_slices_of_the_adapters_get_gradients(operator: Operator, dr
     assert bool((layer.lora_B.grad[:, :3] != 0).any())
 
 
-@pytest.mark.parametrize("operator", ["exact", "lors"])
+@pytest.mark.parametrize("operator", ["exact", "exact_bf16", "lors"])
 def test_bfloat16_activations_give_float32_gradients_to_float32_adapters(operator: Operator) -> None:
     layer = make_layer(operator, dtype=torch.float32)
     x, signal = inputs(torch.float32)
