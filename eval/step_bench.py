@@ -1,7 +1,12 @@
 """How long a training step under a mask takes, beside PEFT's LoRA without one: `python -m losa_export.eval.step_bench`.
 
-Both adapt the same linears of the same random model, with the same loss and optimizer, in one process and in turns, so
-that a slow moment of the machine meets them alike. Peak memory needs a process each, for a peak does not come down.
+Both adapt the same linears of the same random model, with the same loss, optimizer and library of matrix products, in
+one process and in turns, so that a slow moment of the machine meets them alike. Peak memory needs a process each, for a
+peak does not come down.
+
+What to expect, in matrix products as large as a linear's forward pass: PEFT's LoRA needs two, and a few more as thin as
+the rank, in shapes that are slow; "lors" two; "exact" three, since the mask forbids to factor the adapters' gradients;
+"exact_bf16" takes the third one in bfloat16.
 """
 
 from __future__ import annotations
@@ -16,13 +21,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from losa_export.errors import ConfigError, LosaError, MissingDependencyError
 from losa_export.eval.stats import median, median_absolute_deviation
 from losa_export.layout import LLAMA
 
-VARIANTS = ("exact", "lors", "peft")
+if TYPE_CHECKING:
+    from losa_export.training.products import Library
+
+VARIANTS = ("exact", "exact_bf16", "lors", "peft")
 _WARMUP_STEPS = 2
 _MEMORY_STEPS = 3
 _VOCABULARY = 8192
@@ -44,6 +52,9 @@ class StepBenchConfig:
         sparsity_fraction: zeros under the mask; PEFT's linears stay dense.
         rounds: measured steps of each variant.
         threads: compute threads; None leaves PyTorch's own number.
+        compute: dtype of weights and activations. PEFT's adapters are of that dtype too, its fastest form; ours are
+            float32, as in training.
+        default_products: leave float32 products to PyTorch's choice of library, rather than to that of training.
         seed: of weights, masks and tokens.
     Raises: ConfigError naming the field that is out of range.
     """
@@ -57,6 +68,8 @@ class StepBenchConfig:
     sparsity_fraction: float = 0.7
     rounds: int = 20
     threads: int | None = None
+    compute: Literal["fp32", "bf16"] = "fp32"
+    default_products: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,7 +78,15 @@ class StepBenchConfig:
         self._require("window", self.window >= 2, "it must be at least 2")
         self._require("hidden", self.hidden >= 64 and self.hidden % 64 == 0, "it must be a multiple of 64")
         self._require("sparsity_fraction", 0.0 <= self.sparsity_fraction < 1.0, "it must lie in [0, 1)")
+        self._require("compute", self.compute in ("fp32", "bf16"), "choose one of fp32, bf16")
         self._require("threads", self.threads is None or self.threads >= 1, "it must be at least 1")
+
+    @property
+    def products(self) -> Library:
+        """The library that multiplies float32 matrices, for all variants."""
+        from losa_export.training.products import product_library
+
+        return "default" if self.default_products else product_library()
 
     def _require(self, field: str, condition: bool, mend: str) -> None:
         if not condition:
@@ -103,18 +124,21 @@ def bench_steps(config: StepBenchConfig, *, clock: Callable[[], float] = time.pe
 
     Raises: MissingDependencyError without torch, transformers or peft.
     """
+    from losa_export.training.products import fast_products
+
     peaks = [_in_own_process(config, variant) for variant in VARIANTS]
     steps = [make_step(config, variant) for variant in VARIANTS]
-    for step in steps:
-        for _ in range(_WARMUP_STEPS):
-            step()
     seconds: list[list[float]] = [[] for _ in VARIANTS]
-    for number in range(config.rounds):
-        for place in range(len(VARIANTS)):
-            variant = (number + place) % len(VARIANTS)
-            started = clock()
-            steps[variant]()
-            seconds[variant].append(clock() - started)
+    with fast_products(config.products):
+        for step in steps:
+            for _ in range(_WARMUP_STEPS):
+                step()
+        for number in range(config.rounds):
+            for place in range(len(VARIANTS)):
+                variant = (number + place) % len(VARIANTS)
+                started = clock()
+                steps[variant]()
+                seconds[variant].append(clock() - started)
     return tuple(StepTimes(name, tuple(seconds[i]), peaks[i]) for i, name in enumerate(VARIANTS))
 
 
@@ -149,6 +173,8 @@ def make_step(config: StepBenchConfig, variant: str) -> Step:
         attn_implementation="sdpa",
     )
     model: Any = LlamaForCausalLM(shape).eval().requires_grad_(False)
+    if config.compute == "bf16":
+        model.bfloat16()
     if variant == "peft":
         _adapt_by_peft(model, config)
     else:
@@ -204,9 +230,12 @@ def _in_own_process(config: StepBenchConfig, variant: str) -> int:
 
 def peak_rss_bytes(config: StepBenchConfig, variant: str) -> int:
     """Largest resident size of this process after some steps of `variant`."""
+    from losa_export.training.products import fast_products
+
     step = make_step(config, variant)
-    for _ in range(_MEMORY_STEPS):
-        step()
+    with fast_products(config.products):
+        for _ in range(_MEMORY_STEPS):
+            step()
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -216,15 +245,20 @@ def table(results: Sequence[StepTimes]) -> str:
     """A Markdown table of the results, with each time beside PEFT's."""
     peft = next(result for result in results if result.variant == "peft")
     lines = [
-        "| step | median ms | ± MAD | time / PEFT | peak RSS MiB |",
-        "| --- | --- | --- | --- | --- |",
+        "| step | median ms | ± MAD | time / PEFT | peak RSS MiB | RSS / PEFT |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {result.variant} | {result.median_ms:.1f} | {result.mad_ms:.1f} | "
-        f"{result.median_ms / peft.median_ms:.2f} | {result.peak_rss_bytes / 2**20:.0f} |"
+        f"| {result.variant} | {result.median_ms:.1f} | {result.mad_ms:.1f} | {_paired_ratio(result, peft):.3f} | "
+        f"{result.peak_rss_bytes / 2**20:.0f} | {result.peak_rss_bytes / peft.peak_rss_bytes:.2f} |"
         for result in results
     ]
     return "\n".join(lines)
+
+
+def _paired_ratio(result: StepTimes, peft: StepTimes) -> float:
+    """Median over the rounds of the ratio within a round, which a slow moment of the machine changes little."""
+    return median([mine / other for mine, other in zip(result.seconds, peft.seconds, strict=True)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -233,8 +267,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m losa_export.eval.step_bench", description=(__doc__ or "").split(":")[0]
     )
     for field in dataclasses.fields(StepBenchConfig):
-        kind = float if field.name == "sparsity_fraction" else int
-        flag = f"--{field.name.removesuffix('_fraction')}"
+        flag = f"--{field.name.removesuffix('_fraction').replace('_', '-')}"
+        if field.name == "default_products":
+            parser.add_argument(flag, action="store_true", help="float32 products by PyTorch's own choice of library")
+            continue
+        kind = {"sparsity_fraction": float, "compute": str}.get(field.name, int)
         parser.add_argument(flag, dest=field.name, type=kind, default=field.default, help="default: %(default)s")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write every step's time here as well")
     arguments = vars(parser.parse_args(argv))
@@ -245,9 +282,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LosaError as error:
         sys.stderr.write(f"step_bench: error: {error}\n")
         return error.exit_code
-    sys.stdout.write(table(results) + "\n")
+    sys.stdout.write(f"{table(results)}\n\nfloat32 products by library: {config.products}\n")
     if destination is not None:
-        record = {"config": dataclasses.asdict(config), "results": [dataclasses.asdict(result) for result in results]}
+        record = {
+            "config": {**dataclasses.asdict(config), "products": config.products},
+            "results": [dataclasses.asdict(result) for result in results],
+        }
         destination.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 

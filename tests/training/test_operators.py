@@ -59,7 +59,7 @@ def test_rounding_to_bfloat16_moves_the_adapters_gradients_a_little_and_no_other
     exact, rounded = gradients(make_layer("exact")), gradients(make_layer("exact_bf16"))
     assert torch.equal(rounded[0], exact[0])
     for mine, wanted in zip(rounded[1:], exact[1:], strict=True):
-        # 2^-7 in norm: eight bits of mantissa, in the two factors and in their product
+        # 2^-7 in norm: eight bits of mantissa, rounded half a dozen times on the way
         assert 0.0 < float((mine - wanted).norm()) < 2.0**-7 * float(wanted.norm())
 
 
