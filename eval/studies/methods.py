@@ -108,6 +108,8 @@ def run_study(study: Study, cells: Sequence[Cell]) -> dict[str, str]:
     if "forkserver" in methods:
         context.set_forkserver_preload(list(_PRELOADED))
     for number, cell in enumerate(missing, start=1):
+        if study.task(cell).finished() is not None:
+            continue  # by another process that works on the same folder from another end
         error = _in_own_process(context, study.task(cell))
         record = study.task(cell).finished()
         if record is None:

@@ -255,6 +255,22 @@ def test_a_cell_that_fails_or_dies_costs_no_other(study: Study, monkeypatch: pyt
     assert "**Without a result:** sparsegpt, 50%, seed 0: this model is broken" in page([record])
 
 
+def test_a_cell_that_another_process_has_finished_is_not_done_again(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [Cell("wanda", "50%", 0), Cell("wanda", "2:4", 0)]
+    started: list[Cell] = []
+
+    def both(_: Any, task: CellTask) -> None:
+        started.append(task.cell)
+        for cell in cells:
+            run_cell(study.task(cell))
+
+    monkeypatch.setattr(methods, "_in_own_process", both)
+    assert run_study(study, cells) == {}
+    assert started == cells[:1]
+
+
 @pytest.mark.slow
 def test_the_command_survives_ctrl_c_and_ends_in_a_page(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
     work, pages = tmp_path / "work", tmp_path / "pages"
