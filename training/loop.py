@@ -179,10 +179,20 @@ class Tuner:
                     self._adamw.state[layer.lora_A][moment][layer.rank :].zero_()
                     self._adamw.state[layer.lora_B][moment][:, layer.rank :].zero_()
 
-    def resize(self, ranks: Mapping[str, int]) -> None:
-        """Give each layer another rank, as `rank.resize` does: little or nothing of what was learnt is lost."""
+    def resize(self, ranks: Mapping[str, int], *, absorb: bool = False) -> None:
+        """Give each layer another rank, as `rank.resize` does: little or nothing of what was learnt is lost.
+
+        Args:
+            ranks: of each layer.
+            absorb: let a frozen weight that is no longer the checkpoint's take up what a smaller rank loses, so that
+                the effective weight stays, but for its rounding.
+        """
         for name, layer in self._adapted.layers.items():
+            loses = ranks[name] < layer.rank and bool(layer.lora_B.any())
+            effective = layer.merged() if absorb and loses and layer.weight_changed else None
             resize(layer, ranks[name], self._adamw.state)
+            if effective is not None:
+                layer.set_effective_weight(effective)
 
     def tensors(self) -> dict[str, Tensor]:
         """Adapters and optimizer moments, by name, for saving."""

@@ -367,7 +367,8 @@ class _Session:
         state.rmi = [] if measured.rmi is None else measured.rmi.tolist()
         fits = reconstructor.results if reconstructor is not None else []
         state.block_fits = [(fit.error_before, fit.error_after) for fit in fits]
-        self.tuner.resize(self._layer_ranks())
+        # What the blocks have just been fitted to must not leave with the ranks that shrink.
+        self.tuner.resize(self._layer_ranks(), absorb=reconstructor is not None)
         self._agree()
         state.prune_seconds = state.measure_seconds + self.tick()
         state.plan, state.allotted_seconds = self._plan_round()

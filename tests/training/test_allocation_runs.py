@@ -19,6 +19,7 @@ from losa_export.masks import digest, load_masks
 from losa_export.training import train as train_module
 from losa_export.training.config import TrainConfig, from_table, read_run_config, to_table, write_toml
 from losa_export.training.journal import read_journal
+from losa_export.training.loop import Tuner
 from losa_export.training.scores import pruned_per_row
 from losa_export.training.state import load_state
 from losa_export.training.train import StepRecord, train
@@ -157,6 +158,27 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
         assert state.block_errors == list(result.rounds[1].block_errors)
     assert train(config, show_progress=False, resume=True).status == "completed"
     assert outcome(config.output) == outcome(whole.output)
+
+
+def test_ranks_that_shrink_after_a_fit_leave_the_fitted_weights(
+    tiny_config: ConfigMaker, three_blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[float] = []
+    resize = Tuner.resize
+
+    def watch(tuner: Tuner, ranks: dict[str, int], **options: bool) -> None:
+        layers = {name: layer for name, layer in tuner._adapted.layers.items() if ranks[name] < layer.rank}
+        before = {name: layer.merged() for name, layer in layers.items()}
+        resize(tuner, ranks, **options)
+        moved.extend(float((layers[name].merged() - old).norm() / old.norm()) for name, old in before.items())
+
+    monkeypatch.setattr(Tuner, "resize", watch)
+    changes = FULL | {"rank": 4, "rank_growth": -1.0, "steps": 9, "final_round_share": 0.4, "model": three_blocks}
+    fitting = {"reconstruct_epochs": 1, "reconstruct_rounds": "every", "learning_rate": 5e-2}
+    train(tiny_config(**(changes | fitting)), show_progress=False)
+    fitted, moved = moved, []
+    train(tiny_config(output=tmp_path / "unfitted", **(changes | {"learning_rate": 5e-2})), show_progress=False)
+    assert max(fitted) < 1e-6 < 1e-4 < max(moved)  # float32 rounding, and singular values that are left out
 
 
 @pytest.mark.parametrize("allocator", ["lp", "linear"])

@@ -197,6 +197,26 @@ def test_surviving_slices_keep_their_moments_and_woken_ones_begin_without(tiny_c
         assert bool((now[2:] == 0).all())
 
 
+def test_a_changed_weight_takes_up_what_a_smaller_rank_loses(tiny_config: ConfigMaker) -> None:
+    tuner = make_tuner(tiny_config(rank=4, max_rank=4))
+    for number in range(3):
+        tuner.step(number, 5e-2)
+    name, fitted = next(iter(tuner._adapted.layers.items()))
+    fitted.set_weight(fitted.weight * 1.5)
+    layers = tuner._adapted.layers
+    before = {name: layer.merged() for name, layer in layers.items()}
+    tuner.resize(dict.fromkeys(layers, 1), absorb=True)
+    for other, layer in layers.items():
+        if other == name:
+            # 1e-6: the difference of two float32 updates
+            torch.testing.assert_close(layer.merged(), before[other], rtol=1e-5, atol=1e-6)
+            assert not (layer.weight * (1 - layer.mask)).any()
+        else:
+            assert not layer.weight_changed
+            assert float((layer.merged() - before[other]).norm()) > 1e-3 * float(before[other].norm())
+    assert torch.equal(fitted.merged() == 0.0, before[name] == 0.0)
+
+
 def test_an_optimizer_that_forgot_steps_like_a_new_one(tiny_config: ConfigMaker) -> None:
     tuner = make_tuner(tiny_config())
     for number in range(3):
