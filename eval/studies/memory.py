@@ -76,12 +76,12 @@ class Usage:
 
 @dataclass(frozen=True)
 class Row:
-    """One checkpoint. `checkpoint_bytes` is the size of its weights, in bfloat16."""
+    """One checkpoint. `checkpoint_bytes` are its bfloat16 weights'; `merge` is None if it was left out."""
 
     blocks: int
     checkpoint_bytes: int
     train: Usage
-    merge: Usage
+    merge: Usage | None
 
 
 def write_checkpoint(folder: Path, shape: Shape, blocks: int) -> int:
@@ -170,14 +170,15 @@ def _memory(status: Path) -> tuple[int, int]:
     return tuple(int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "VmHWM"))  # type: ignore[return-value]
 
 
-def study(shape: Shape, blocks: int, work: Path, options: Sequence[str]) -> Row:
+def study(shape: Shape, blocks: int, work: Path, options: Sequence[str], *, merges: bool = True) -> Row:
     """Write a checkpoint, prune it without tuning, merge, and clear all of it away.
 
     Args:
         shape: of the model.
         blocks: how many.
-        work: an existing folder; a checkpoint in bfloat16 and one in float32 must fit.
+        work: an existing folder; a checkpoint in bfloat16 must fit, and with `merges` one in float32.
         options: further ones for `losa train`.
+        merges: False leaves merging out.
     """
     folder = Path(tempfile.mkdtemp(prefix="losa-memory-", dir=work))
     try:
@@ -185,12 +186,8 @@ def study(shape: Shape, blocks: int, work: Path, options: Sequence[str]) -> Row:
         write_text(folder / "text.txt", 20_000)
         train = ["train", str(folder / "model"), "-o", str(folder / "run"), "--text", str(folder / "text.txt")]
         train += ["--sparsity", "0.5", "--rounds", "1", "--steps", "0", *options]
-        return Row(
-            blocks,
-            size,
-            measure(train),
-            measure(["merge", str(folder / "run"), "-o", str(folder / "merged")]),
-        )
+        merge = ["merge", str(folder / "run"), "-o", str(folder / "merged")]
+        return Row(blocks, size, measure(train), measure(merge) if merges else None)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -205,6 +202,9 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         cells = [str(row.blocks), f"{row.checkpoint_bytes / _GIB:.2f}"]
         for usage in (row.train, row.merge):
+            if usage is None:
+                cells += ["", "", ""]
+                continue
             cells += [f"{usage.peak_anonymous_bytes / _GIB:.2f}", f"{usage.peak_resident_bytes / _GIB:.2f}"]
             cells.append(f"{usage.seconds:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -220,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--windows", type=int, default=4, metavar="N", help="to calibrate on (default: 4)")
     parser.add_argument("--window", type=int, default=512, metavar="TOKENS", help="of each (default: 512)")
+    parser.add_argument("--no-merge", action="store_true", help="prune only")
     parser.add_argument("options", nargs="*", metavar="OPTION", help="after --: further ones for 'losa train'")
     options = parser.parse_args(arguments)
     train = ["--dtype", "bf16", "--window", str(options.window), "--calibration-windows", str(options.windows)]
@@ -227,7 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Progress("measuring", len(options.blocks), "checkpoints") as progress:
         for blocks in options.blocks:
             try:
-                rows.append(study(Shape(), blocks, options.work, [*train, *options.options]))
+                further = [*train, *options.options]
+                rows.append(study(Shape(), blocks, options.work, further, merges=not options.no_merge))
             except RuntimeFailureError as error:
                 sys.stderr.write(f"losa: error: {error}\n")
                 return error.exit_code

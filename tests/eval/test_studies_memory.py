@@ -32,6 +32,7 @@ def test_the_checkpoint_is_sound_and_a_file_for_each_block(tmp_path: Path) -> No
 def test_a_small_model_is_pruned_merged_and_cleared_away(tmp_path: Path) -> None:
     row = study(SMALL, 2, tmp_path, ["--window", "16", "--calibration-windows", "2"])
     assert row.blocks == 2
+    assert row.merge is not None
     for usage in (row.train, row.merge):
         # An interpreter with torch takes more than this, and the model next to nothing.
         assert 50e6 < usage.peak_anonymous_bytes <= usage.peak_resident_bytes
@@ -55,5 +56,8 @@ def test_memory_that_a_process_takes_is_seen(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_table_has_a_row_for_each_checkpoint() -> None:
     usage = Usage(peak_anonymous_bytes=3 << 30, peak_resident_bytes=5 << 30, seconds=61.4)
-    text = table([Row(2, 1 << 30, usage, usage)])
-    assert text.splitlines()[-1] == "| 2 | 1.00 | 3.00 | 5.00 | 61 | 3.00 | 5.00 | 61 |"
+    text = table([Row(2, 1 << 30, usage, usage), Row(4, 2 << 30, usage, None)])
+    assert text.splitlines()[-2:] == [
+        "| 2 | 1.00 | 3.00 | 5.00 | 61 | 3.00 | 5.00 | 61 |",
+        "| 4 | 2.00 | 3.00 | 5.00 | 61 |  |  |  |",
+    ]
