@@ -20,12 +20,9 @@ from numpy.typing import NDArray
 from losa_export.checkpoint import CONFIG_FILE, Checkpoint
 from losa_export.config_fields import ConfigFields
 from losa_export.errors import CheckpointError, UnsupportedArchitectureError
-from losa_export.layout import LAYOUTS, LLAMA, Layout
+from losa_export.layout import LAYOUTS, Layout
 
 SUPPORTED = tuple(LAYOUTS)
-
-# Names of the Llama layout, which four families share.
-BLOCK_LINEARS = LLAMA.linears
 
 OPT_POSITIONS = "model.decoder.embed_positions.weight"
 OPT_PROJECT_IN = "model.decoder.project_in.weight"
@@ -215,6 +212,24 @@ def _opt(fields: ConfigFields, architecture: str) -> DecoderSpec:
             final_norm=norm_first and not fields.flag("_remove_final_layer_norm", False),
         ),
     )
+
+
+@dataclass(frozen=True)
+class DecoderFacts:
+    """What is known of a decoder of no family here; names as in `DecoderSpec`."""
+
+    architecture: str
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
 
 
 def prunable_names(spec: DecoderSpec) -> tuple[str, ...]:

@@ -484,10 +484,16 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("onnx",), default="onnx", help="default: %(default)s")
     parser.add_argument(
         "--profile",
-        choices=("ort", "standard"),
-        default="ort",
+        choices=("auto", "ort", "standard"),
+        default="auto",
         help="'ort' uses ONNX Runtime's own operators and is"
-        " faster; 'standard' uses opset 23 alone (default: %(default)s)",
+        " faster; 'standard' uses those of ONNX alone (default: ort where our builder writes the graph)",
+    )
+    parser.add_argument(
+        "--exporter",
+        choices=("auto", "builder", "torch"),
+        default="auto",
+        help="'builder' knows some families; 'torch' follows any decoder by torch.onnx (default: builder where it can)",
     )
     parser.add_argument(
         "--weights",
@@ -547,6 +553,7 @@ def _export(arguments: argparse.Namespace) -> int:
             source=resolve_model(arguments.source),
             output=arguments.output,
             profile=arguments.profile,
+            exporter=arguments.exporter,
             weights=arguments.weights,
             values=arguments.values,
             head=arguments.head,

@@ -9,18 +9,18 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from losa_export.architecture import DecoderSpec, check_tensors, prunable_names, tensor_shapes
+from losa_export.architecture import DecoderSpec
 from losa_export.calibration_text import CalibrationText, read_calibration
-from losa_export.checkpoint import CONFIG_FILE, Checkpoint, copy_companions, open_checkpoint, read_json
+from losa_export.checkpoint import Checkpoint, copy_companions, open_checkpoint, read_json
 from losa_export.errors import ConfigError, MissingDependencyError
 from losa_export.export_gate import StoredTypes, is_installed, reference_source, run_gate
+from losa_export.exporters import Exporter, ExporterChoice, ProfileChoice, make_exporter, read_spec
 from losa_export.files import check_output, output_folder, write_text_atomic
 from losa_export.progress import Progress
 
 if TYPE_CHECKING:
     from losa_export.training.rounding import CalibratedRounding
 
-ProfileChoice = Literal["ort", "standard"]
 WeightsChoice = Literal["auto", "sparse", "dense"]
 ValuesChoice = Literal["fp32", "bf16", "int8", "int4"]
 HeadChoice = Literal["auto", "fp32", "bf16", "int8", "int4"]
@@ -48,7 +48,8 @@ class ExportConfig:
     Attributes:
         source: checkpoint folder, sparse or dense.
         output: folder to write.
-        profile: 'ort' uses ONNX Runtime's contributed operators, 'standard' opset 23 alone.
+        profile: 'ort' uses ONNX Runtime's contributed operators, 'standard' those of ONNX alone; 'auto' is 'ort' where
+            our builder writes the graph.
         weights: 'auto' is sparse for a sparse checkpoint.
         values: type of the linears' values, of the non-zeros where they are sparse.
         head: type of the head and the embedding; 'auto' is that of the values, but int8 for int4.
@@ -60,11 +61,13 @@ class ExportConfig:
         gate: compare the answers with the source's before the folder appears.
         overwrite: replace a non-empty output folder.
         progress: show progress on standard error.
+        exporter: 'builder' writes the graph of a family it knows, 'torch' follows any decoder by torch.onnx; 'auto'
+            takes the builder where it can.
     """
 
     source: Path
     output: Path
-    profile: ProfileChoice = "ort"
+    profile: ProfileChoice = "auto"
     weights: WeightsChoice = "auto"
     values: ValuesChoice = "fp32"
     head: HeadChoice = "auto"
@@ -75,6 +78,7 @@ class ExportConfig:
     gate: bool = True
     overwrite: bool = False
     progress: bool = True
+    exporter: ExporterChoice = "auto"
 
     def __post_init__(self) -> None:
         choices = {
@@ -83,6 +87,7 @@ class ExportConfig:
             "values": ValuesChoice,
             "head": HeadChoice,
             "activations": ActivationsChoice,
+            "exporter": ExporterChoice,
         }
         for name, kind in choices.items():
             value = getattr(self, name)
@@ -118,7 +123,8 @@ class ExportReport:
 
     Attributes:
         output: the folder.
-        profile: as asked.
+        exporter: what wrote the graph.
+        profile: its dialect.
         weights: 'sparse' or 'dense', settled.
         types: how the weights are stored.
         model_bytes: of the model and its external data.
@@ -128,7 +134,8 @@ class ExportReport:
     """
 
     output: Path
-    profile: ProfileChoice
+    exporter: Literal["builder", "torch"]
+    profile: Literal["ort", "standard"]
     weights: Literal["sparse", "dense"]
     types: StoredTypes
     model_bytes: int
@@ -142,7 +149,7 @@ class ExportReport:
         if self.weights == "sparse":
             kind += f", {self.sparsity_fraction:.1%} zeros"
         size = f"{self.model_bytes / 1e6:.1f} MB ({self.model_bytes / self.dense_bytes:.2f}x of dense fp32)"
-        lines = [f"{self.output}: {kind}, profile {self.profile}, {size}"]
+        lines = [f"{self.output}: {kind}, profile {self.profile} by {self.exporter}, {size}"]
         return "\n".join([*lines, *_gate_lines(self.gate)])
 
 
@@ -172,32 +179,32 @@ def export_onnx(config: ExportConfig) -> ExportReport:
     Raises:
         InputError: the source cannot be used, or its masks do not fit (CheckpointError, MaskError, …).
         OutputError: the destination is not empty, is the source, or cannot be written.
-        MissingDependencyError: the gate needs a reference, and there is neither torch nor a stored one; or there is
-            calibration text, and no torch.
+        MissingDependencyError: the gate needs a reference, and there is neither torch nor a stored one; the family is
+            unknown, and torch.onnx cannot be had; or there is calibration text, and no torch.
         GateError: the model answers differently from its source.
     Nothing is left behind in any of these cases.
     """
     checkpoint = open_checkpoint(config.source)
-    spec = DecoderSpec.from_config(checkpoint.config, checkpoint.folder / CONFIG_FILE)
-    check_tensors(checkpoint, spec)
+    spec = read_spec(checkpoint, config.exporter, config.profile)
     check_output(config.output, overwrite=config.overwrite, inputs=[config.source])
     _require_packages()
     truth = reference_source(config.source) if config.gate else None
     text = _read_calibration(config, checkpoint, spec)
+    exporter = make_exporter(checkpoint, spec, config.profile)
     with (
         ThreadPoolExecutor(max_workers=1) as background,
         output_folder(config.output, overwrite=config.overwrite, inputs=[config.source]) as folder,
     ):
         # Hashing gigabytes costs seconds, and leaves the interpreter free meanwhile.
         weights_sha256 = background.submit(checkpoint.weights_sha256)
-        manifest = _write_model(config, checkpoint, spec, text, folder)
+        manifest = _write_model(config, checkpoint, exporter, text, folder)
         if truth is None:
             manifest["gate"] = None
         else:
             manifest["gate"] = run_gate(config.source, folder, truth, _types(manifest))
         manifest["source"]["weights_sha256"] = weights_sha256.result()
         _write_manifest(folder, manifest)
-    return _report(config, spec, manifest)
+    return _report(config, exporter, manifest)
 
 
 def _require_packages() -> None:
@@ -206,10 +213,20 @@ def _require_packages() -> None:
             raise MissingDependencyError.for_extra(package.replace("_", "-"), "export", "exporting to ONNX")
 
 
-def _read_calibration(config: ExportConfig, checkpoint: Checkpoint, spec: DecoderSpec) -> CalibrationText | None:
-    """The text, if there is some. Raises: MissingDependencyError without torch; as `read_calibration`."""
+def _read_calibration(config: ExportConfig, checkpoint: Checkpoint, spec: DecoderSpec | None) -> CalibrationText | None:
+    """The text, if there is some.
+
+    Raises: MissingDependencyError without torch; ConfigError if the builder does not know the family; as
+    `read_calibration`.
+    """
     if not config.calibration:
         return None
+    if spec is None:
+        raise ConfigError(
+            "ExportConfig.calibration needs a model whose linears are met in a known order, which torch.onnx does not "
+            "tell; leave the text out",
+            field="calibration",
+        )
     for package in ("torch", "transformers"):
         if not is_installed(package):
             raise MissingDependencyError.for_extra(package, "train", "rounding by calibration text")
@@ -228,13 +245,11 @@ def _rounding(
 
 
 def _write_model(
-    config: ExportConfig, checkpoint: Checkpoint, spec: DecoderSpec, text: CalibrationText | None, folder: Path
+    config: ExportConfig, checkpoint: Checkpoint, exporter: Exporter, text: CalibrationText | None, folder: Path
 ) -> dict[str, Any]:
     """Build the graph and its data in `folder`; returns the manifest so far."""
     import onnx_ir as ir
 
-    from losa_export.graph.build import build_decoder
-    from losa_export.graph.decoder import IR_VERSION
     from losa_export.graph.external import MODEL_FILE, ExternalDataWriter, check_external_data
     from losa_export.graph.formats import value_format
     from losa_export.graph.genai import GENAI_FILE, genai_config
@@ -245,15 +260,15 @@ def _write_model(
         read_sparse_linears,
         versions,
     )
-    from losa_export.graph.profiles import OPSET
     from losa_export.graph.sparsity import plan_sparsity
     from losa_export.graph.weights import WeightStore
 
-    plan = plan_sparsity(checkpoint, spec, None if config.weights == "auto" else config.weights)
+    plan = plan_sparsity(
+        checkpoint, exporter.source, exporter.linears, None if config.weights == "auto" else config.weights
+    )
     head = config.chosen_head
     settings = {"group": config.group, "activation_bits": 16 if config.activations == "int16" else 8}
-    weights = sum(rows_columns(shape) for shape in tensor_shapes(spec).values())
-    linears = sum(rows_columns(tensor_shapes(spec)[name]) for name in prunable_names(spec))
+    weights, linears = exporter.weight_count, sum(rows * columns for rows, columns in exporter.linears.values())
     task, work = ("building", weights) if text is None else ("rounding", linears)
     with (
         Progress(task, work / 1e6, "M weights", enabled=config.progress) as progress,
@@ -264,7 +279,7 @@ def _write_model(
             progress.advance(count / 1e6)
 
         store = WeightStore(
-            checkpoint,
+            exporter.source,
             writer,
             plan,
             value_format(config.values, **settings),
@@ -274,12 +289,12 @@ def _write_model(
         if text is None:
             store.on_written = advance
         producer = package_version("losa-export") or "unknown"
-        model = build_decoder(spec, store, config.profile, producer)
+        model = exporter.build(store, producer)
     ir.save(model, folder / MODEL_FILE)
     copy_companions(checkpoint.folder, folder)
     write_text_atomic(
         folder / GENAI_FILE,
-        json.dumps(genai_config(spec, config.profile, _generation_config(checkpoint)), indent=2) + "\n",
+        json.dumps(genai_config(exporter.facts, exporter.profile, _generation_config(checkpoint)), indent=2) + "\n",
     )
     # Linked to the file, not to what memory held while it was written.
     sparse = read_sparse_linears(check_external_data(folder))
@@ -290,11 +305,12 @@ def _write_model(
         types = StoredTypes.settled(config.values, head, config.group, config.activations)
     return {
         "format": MANIFEST_FORMAT,
-        "versions": versions(),
-        "source": {"name": checkpoint.folder.resolve().name, "architecture": spec.architecture},
-        "profile": config.profile,
-        "opset": OPSET,
-        "ir_version": IR_VERSION,
+        "versions": versions(*exporter.packages),
+        "source": {"name": checkpoint.folder.resolve().name, "architecture": exporter.facts.architecture},
+        "exporter": exporter.name,
+        "profile": exporter.profile,
+        "opset": model.opset_imports[""],
+        "ir_version": model.ir_version,
         "weights": "sparse" if sparse else "dense",
         **asdict(types),
         **({} if text is None else {"calibration": {"method": _CALIBRATED_METHOD, **text.record()}}),
@@ -307,14 +323,6 @@ def _write_model(
 
 def _types(manifest: Mapping[str, Any]) -> StoredTypes:
     return StoredTypes(**{field.name: manifest[field.name] for field in fields(StoredTypes)})
-
-
-def rows_columns(shape: tuple[int, ...]) -> int:
-    """Number of elements of a shape."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -334,17 +342,16 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     write_text_atomic(folder / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
 
 
-def _report(config: ExportConfig, spec: DecoderSpec, manifest: dict[str, Any]) -> ExportReport:
-    shapes = tensor_shapes(spec)
-    linears = sum(rows_columns(shapes[name]) for name in prunable_names(spec))
+def _report(config: ExportConfig, exporter: Exporter, manifest: dict[str, Any]) -> ExportReport:
     zeros = sum(entry["zeros"] for entry in manifest["tensors"].values())
     return ExportReport(
         output=config.output,
-        profile=config.profile,
+        exporter=exporter.name,
+        profile=exporter.profile,
         weights=manifest["weights"],
         types=_types(manifest),
         model_bytes=manifest["model_bytes"],
         dense_bytes=manifest["dense_bytes"],
-        sparsity_fraction=zeros / linears,
+        sparsity_fraction=zeros / sum(rows * columns for rows, columns in exporter.linears.values()),
         gate=manifest["gate"],
     )

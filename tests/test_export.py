@@ -118,7 +118,7 @@ def test_a_dense_checkpoint_becomes_a_dense_folder_with_all_its_parts(dense: Pat
         "export.json",
     }
     assert (report.weights, report.types, report.gate) == ("dense", StoredTypes(), None)
-    assert "dense, profile ort" in str(report)
+    assert "dense, profile ort by builder" in str(report)
     assert "gate: not run" in str(report)
 
 
@@ -616,7 +616,8 @@ def change_config(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"profile": "tensorrt"}, "ExportConfig.profile is 'tensorrt'; choose one of ort, standard"),
+        ({"exporter": "optimum"}, "ExportConfig.exporter is 'optimum'; choose one of auto, builder, torch"),
+        ({"profile": "tensorrt"}, "ExportConfig.profile is 'tensorrt'; choose one of auto, ort, standard"),
         ({"weights": "half"}, "ExportConfig.weights is 'half'; choose one of auto, sparse, dense"),
         ({"values": "fp8"}, "ExportConfig.values is 'fp8'; choose one of fp32, bf16, int8, int4"),
         ({"head": "fp8"}, "ExportConfig.head is 'fp8'; choose one of auto, fp32, bf16, int8, int4"),
@@ -653,7 +654,7 @@ def test_an_unsupported_architecture_is_named_with_the_supported(
     dense: Path, tmp_path: Path, refused: Callable[..., LosaError]
 ) -> None:
     change_config(dense, architectures=["FalconForCausalLM"])
-    config = quick(dense, tmp_path / "onnx")
+    config = quick(dense, tmp_path / "onnx", exporter="builder")
     error = refused(UnsupportedArchitectureError, "'FalconForCausalLM' is not supported", config)
     assert "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM" in str(error)
 

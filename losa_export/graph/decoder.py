@@ -9,7 +9,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from losa_export.architecture import DecoderSpec, linear_has_bias, rotary_caches
-from losa_export.graph.formats import DOMAIN, DOMAIN_VERSION, format_of
+from losa_export.graph.formats import DOMAIN, DOMAIN_VERSION
+from losa_export.graph.functions import own_functions
 from losa_export.graph.nodes import NodeList
 from losa_export.graph.profiles import OPSET, Inputs, LayerCache, Profile, ProfileName, rms_norm
 from losa_export.graph.weights import WeightStore
@@ -69,11 +70,9 @@ class DecoderBuilder:
         self, inputs: list[ir.Value], outputs: list[ir.Value], profile_name: ProfileName, producer: str
     ) -> ir.Model:
         imports = dict(self._profile.opset_imports)
-        own = sorted({node.op_type for node in self._nodes.nodes if node.domain == DOMAIN})
-        if own:
+        functions = own_functions(self._nodes.nodes, OPSET)
+        if functions:
             imports[DOMAIN] = DOMAIN_VERSION
-        formats = {op_type: format_of(op_type) for op_type in own}
-        functions = [one.function(op_type, OPSET) for op_type, one in formats.items() if one is not None]
         graph = ir.Graph(
             inputs,
             outputs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from losa_export.architecture import DecoderSpec
+from losa_export.architecture import DecoderFacts, DecoderSpec
 from losa_export.graph.external import MODEL_FILE
 from losa_export.graph.profiles import ProfileName
 
@@ -16,11 +16,13 @@ _GENAI_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ANY_DECODER = "decoder"
 
 
-def genai_config(spec: DecoderSpec, profile: ProfileName, generation: Mapping[str, Any]) -> dict[str, Any]:
+def genai_config(
+    spec: DecoderSpec | DecoderFacts, profile: ProfileName, generation: Mapping[str, Any]
+) -> dict[str, Any]:
     """The settings of one exported decoder.
 
     Args:
-        spec: the architecture.
+        spec: sizes and tokens.
         profile: under `ort` past and present share one buffer; under `standard` the cache grows.
         generation: the parsed generation_config.json, or nothing. Its token ids win over those of config.json,
             which often lack the token that ends a chat turn.

@@ -103,10 +103,10 @@ def file_records(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Version of Python and of each package that had a part in the export; absent ones are left out."""
+def versions(*more: str) -> dict[str, str]:
+    """Version of Python and of each package that had a part in the export, `more` of them; absent ones are left out."""
     found = {"python": platform.python_version()}
-    for package in _VERSIONS_OF:
+    for package in (*_VERSIONS_OF, *more):
         number = package_version(package)
         if number is not None:
             found[package] = number

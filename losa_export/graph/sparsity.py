@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_export.architecture import DecoderSpec, prunable_names, tensor_shapes
 from losa_export.checkpoint import Checkpoint, read_json
 from losa_export.errors import InputError, MaskError
 from losa_export.masks import MaskFile, digest, load_masks
@@ -26,6 +25,14 @@ SPARSE_FROM_FRACTION = 0.3
 
 Weights = Literal["sparse", "dense"]
 MaskSource = Literal["masks.safetensors", "nonzero", "none"]
+
+
+class TensorReader(Protocol):
+    """Where weights come from: a `Checkpoint`, or a model in memory."""
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """Read a tensor."""
+        ...
 
 
 @dataclass
@@ -72,28 +79,31 @@ class SparsityPlan:
         return keep if 1.0 - np.count_nonzero(keep) / keep.size >= SPARSE_FROM_FRACTION else None
 
 
-def plan_sparsity(checkpoint: Checkpoint, spec: DecoderSpec, weights: Weights | None) -> SparsityPlan:
+def plan_sparsity(
+    checkpoint: Checkpoint, source: TensorReader, linears: Mapping[str, tuple[int, int]], weights: Weights | None
+) -> SparsityPlan:
     """Look at a checkpoint and settle how its linears are stored.
 
     Args:
-        checkpoint: the source.
-        spec: its architecture.
+        checkpoint: the folder with masks and records, if there are such.
+        source: of the weights.
+        linears: weights that may be sparse → (out, in).
         weights: what the user asked for; None chooses sparse for a sparse checkpoint.
 
     Raises:
         MaskError: a stored mask does not fit its tensor, or prunes one that is not a linear of a block.
         InputError: sparse weights were asked for, but nothing is sparse.
     """
-    prunable = frozenset(prunable_names(spec))
+    prunable = frozenset(linears)
     recorded = _recorded_digests(checkpoint)
     masks_path = checkpoint.folder / MASKS_FILE
     if masks_path.exists():
         masks = load_masks(masks_path)
-        _check_masks(masks, spec, prunable)
+        _check_masks(masks, linears)
         return SparsityPlan("masks.safetensors", weights != "dense", prunable, recorded, masks)
     if weights == "dense" and not recorded:
         return SparsityPlan("none", False, prunable, recorded)
-    if weights == "sparse" and not recorded and not _some_tensor_is_sparse(checkpoint, prunable):
+    if weights == "sparse" and not recorded and not _some_tensor_is_sparse(source, prunable):
         raise InputError(
             f"checkpoint '{checkpoint.folder}' has no {MASKS_FILE}, and no linear of which "
             f"{SPARSE_FROM_FRACTION:.0%} are zero: prune it with 'losa train' first, or export with --weights dense"
@@ -102,18 +112,17 @@ def plan_sparsity(checkpoint: Checkpoint, spec: DecoderSpec, weights: Weights | 
     return SparsityPlan("nonzero", weights != "dense", prunable, recorded)
 
 
-def _check_masks(masks: MaskFile, spec: DecoderSpec, prunable: frozenset[str]) -> None:
-    shapes = tensor_shapes(spec)
+def _check_masks(masks: MaskFile, linears: Mapping[str, tuple[int, int]]) -> None:
     for name in masks.names:
-        if name not in prunable:
+        if name not in linears:
             raise MaskError(
                 f"'{masks.path}' prunes '{name}', which is no linear of a block of this model; the masks belong to "
                 "another checkpoint: run 'losa merge' again",
                 tensor=name,
             )
-        if masks.shape(name) != shapes[name]:
+        if masks.shape(name) != linears[name]:
             raise MaskError(
-                f"mask for '{name}' is {masks.shape(name)}, its weight is {shapes[name]}; '{masks.path}' was made "
+                f"mask for '{name}' is {masks.shape(name)}, its weight is {linears[name]}; '{masks.path}' was made "
                 "for another checkpoint: run 'losa merge' again",
                 tensor=name,
             )
@@ -135,9 +144,9 @@ def _recorded_digests(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-def _some_tensor_is_sparse(checkpoint: Checkpoint, prunable: frozenset[str]) -> bool:
+def _some_tensor_is_sparse(source: TensorReader, prunable: frozenset[str]) -> bool:
     for name in sorted(prunable):
-        weight = checkpoint.read(name)
+        weight = source.read(name)
         if 1.0 - np.count_nonzero(weight) / weight.size >= SPARSE_FROM_FRACTION:
             return True
     return False

@@ -10,12 +10,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from losa_export.checkpoint import Checkpoint
 from losa_export.errors import FormatError, MaskError
 from losa_export.graph.external import ExternalDataWriter
 from losa_export.graph.formats import DOMAIN, EncodedWeight, ValueFormat
 from losa_export.graph.nodes import NodeList
-from losa_export.graph.sparsity import SparsityPlan
+from losa_export.graph.sparsity import SparsityPlan, TensorReader
 from losa_export.graph.stacking import METADATA_KEY, Part, describe, interleave, interleave_rounded
 from losa_export.quantise import Rounded
 
@@ -38,7 +37,7 @@ class WeightStore:
     """Reads a checkpoint's tensors, writes them as external data, and hands out initializers.
 
     Attributes:
-        checkpoint: where tensors come from.
+        source: where tensors come from.
         writer: where they go.
         plan: which linears are stored sparsely, and under which masks.
         value_format: how the values of linears are stored, sparse or not.
@@ -48,7 +47,7 @@ class WeightStore:
         initializers: made so far, in file order.
     """
 
-    checkpoint: Checkpoint
+    source: TensorReader
     writer: ExternalDataWriter
     plan: SparsityPlan
     value_format: ValueFormat
@@ -64,7 +63,7 @@ class WeightStore:
 
     def plain(self, name: str) -> ir.Value:
         """Checkpoint tensor `name`, stored as it is."""
-        tensor = self.checkpoint.read(name)
+        tensor = self.source.read(name)
         value = self.array(name, tensor)
         self.on_written(tensor.size)
         return value
@@ -94,7 +93,7 @@ class WeightStore:
 
     def exact_linear(self, nodes: NodeList, x: ir.Value, name: str) -> ir.Value:
         """Append x Wᵀ for a weight (N, K) outside the blocks, which is never pruned or rounded."""
-        return nodes.add("MatMul", [x, self._transposed(name, self.checkpoint.read(name))])
+        return nodes.add("MatMul", [x, self._transposed(name, self.source.read(name))])
 
     def linear(self, nodes: NodeList, x: ir.Value, names: Sequence[str], *, bias: bool) -> ir.Value:
         """Append x Wᵀ (+ b) for linear modules that read the same x, their outputs side by side.
@@ -105,7 +104,7 @@ class WeightStore:
             names: modules, for example ("model.layers.0.self_attn.o_proj",). Sparse if the plan says so of one of them.
             bias: whether they have biases.
         """
-        weights = [self.checkpoint.read(f"{name}.weight") for name in names]
+        weights = [self.source.read(f"{name}.weight") for name in names]
         keeps = self._keeps(names, weights)
         if keeps is not None:
             y = self._sparse(nodes, x, self.value_format.sparse_op, names, weights, keeps)
@@ -119,7 +118,7 @@ class WeightStore:
 
     def sparse_swiglu(self, nodes: NodeList, x: ir.Value, gate: str, up: str) -> ir.Value | None:
         """Append silu(x Gᵀ) ⊙ x Uᵀ as one node, if the plan stores these modules sparsely; else None."""
-        weights = [self.checkpoint.read(f"{name}.weight") for name in (gate, up)]
+        weights = [self.source.read(f"{name}.weight") for name in (gate, up)]
         keeps = self._keeps((gate, up), weights)
         if keeps is None:
             return None
@@ -141,7 +140,7 @@ class WeightStore:
         return keeps if found and self.plan.store_sparse else None
 
     def _biases(self, names: Sequence[str]) -> ir.Value:
-        biases = [self.checkpoint.read(f"{name}.bias") for name in names]
+        biases = [self.source.read(f"{name}.bias") for name in names]
         self.on_written(sum(bias.size for bias in biases))
         return self.array(f"{_stem(names)}.bias", np.concatenate(biases))
 
@@ -154,7 +153,7 @@ class WeightStore:
         """Embedding or head `name`, written when it is first asked for."""
         if name not in self._tables:
             if self.head_format.stores_dense:
-                tensor = self.checkpoint.read(name)
+                tensor = self.source.read(name)
                 encoded = _encoded(name, lambda: self.head_format.encode_dense(tensor))
                 self._tables[name] = _Table(self._tensors(name, encoded), encoded.attributes)
                 self.on_written(tensor.size)

@@ -58,7 +58,7 @@ def test_an_unsupported_architecture_is_named_beside_the_supported_ones(
 ) -> None:
     config = checkpoint / "config.json"
     config.write_text(config.read_text().replace("LlamaForCausalLM", "GPT2LMHeadModel"))
-    message = refused(["export", str(checkpoint), "-o", str(tmp_path / "out")], capsys)
+    message = refused(["export", str(checkpoint), "--exporter", "builder", "-o", str(tmp_path / "out")], capsys)
     assert "GPT2LMHeadModel" in message
     assert "LlamaForCausalLM" in message
     assert not (tmp_path / "out").exists()
