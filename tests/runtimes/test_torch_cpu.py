@@ -89,6 +89,19 @@ def test_a_row_may_be_decoded_from_nothing(
     np.testing.assert_allclose(got, alone(runtime, sequence)[[0, prefilled]], atol=TOLERANCE)
 
 
+def test_a_model_that_knows_no_groups_of_heads_may_decode_from_nothing_too(tmp_path: Path) -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    OPTForCausalLM(OPTConfig(**sizes, max_position_embeddings=32)).save_pretrained(tmp_path)
+    opened = load_runtime("torch", tmp_path, threads=1)
+    sequence = np.arange(3, 9)
+    state = opened.new_state(2, 8)
+    opened.prefill(state, 1, sequence[:3])
+    got = opened.decode(state, sequence[[0, 3]])
+    np.testing.assert_allclose(got, alone(opened, sequence)[[0, 3]], atol=TOLERANCE)
+
+
 def test_describe_tells_engine_and_files(runtime: Runtime, tiny_checkpoint: Path) -> None:
     import torch
 
