@@ -174,6 +174,44 @@ def swiglu(x: NDArray[np.float32], weight: Weight, *, row: str | None = None, th
     return _multiply(x, weight, row, threads, gated=True)
 
 
+def skip_norm(
+    x: NDArray[np.float32], skip: NDArray[np.float32], gamma: NDArray[np.float32], epsilon: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """RMS norm of x + skip over the last axis, as operators of the name `SkipNorm…` do it before their product.
+
+    Its sums are defined to the bit, and float32 (runtimes/native/include/losa/norm.h).
+
+    Args:
+        x: float32 (..., columns).
+        skip: of x's shape.
+        gamma: float32 (columns,).
+        epsilon: added to the mean of squares.
+    Returns: the norm, and x + skip; float32 (..., columns) each.
+    Raises: FormatError for arrays that do not fit each other; KernelError if there is no library.
+    """
+    if x.ndim == 0 or skip.shape != x.shape or gamma.shape != x.shape[-1:] or x.shape[-1] == 0:
+        raise FormatError(
+            f"x is {x.shape}, skip {skip.shape} and gamma {gamma.shape}; x (..., columns) is needed twice"
+        )
+    for name, array in {"x": x, "skip": skip, "gamma": gamma}.items():
+        if array.dtype != np.float32:
+            raise FormatError(f"{name} is {array.dtype}, a norm needs float32", name=name)
+    x, skip, gamma = (np.require(array, requirements=["C", "A"]) for array in (x, skip, gamma))
+    normed, sums = np.empty_like(x), np.empty_like(x)
+    columns = x.shape[-1]
+    _load(library_path()).losa_skip_norm(
+        x.ctypes.data,
+        x.size // columns,
+        columns,
+        skip.ctypes.data,
+        gamma.ctypes.data,
+        epsilon,
+        sums.ctypes.data,
+        normed.ctypes.data,
+    )
+    return normed, sums
+
+
 def embedding(ids: NDArray[np.int64], weight: Weight) -> NDArray[np.float32]:
     """Rows of a dense weight by number.
 
@@ -332,6 +370,9 @@ def _load(path: Path) -> ctypes.CDLL:
     data: list[Any] = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     library.losa_matmul.argtypes = [ctypes.c_char_p, parts, *data, ctypes.c_size_t, *text]
     library.losa_embedding.argtypes = [parts, *data, *text]
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    library.losa_skip_norm.argtypes = [pointer, size, size, pointer, pointer, ctypes.c_float, pointer, pointer]
+    library.losa_skip_norm.restype = None
     library.losa_read_bandwidth.argtypes = [ctypes.c_size_t] * 3
     library.losa_read_bandwidth.restype = ctypes.c_double
     return library

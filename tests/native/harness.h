@@ -31,6 +31,7 @@ std::string describe(const Example& e);
 void check_products(const Rows& rows, bool quick, int64_t part, int64_t parts);
 void check_rounding(const Rows& rows);
 void check_gathering();
+void check_norms(const Rows& rows);
 
 /// Each part of each kind of weight, cut to every length.
 void check_sizes();

@@ -154,15 +154,17 @@ class Containers:
         weight: native.Weight,
         operator: str,
         *,
-        attributes: dict[str, int] | None = None,
+        attributes: dict[str, Any] | None = None,
         inputs: tuple[str, ...] = (),
         shape: tuple[str | int, ...] | None = None,
+        gamma: NDArray[Any] | None = None,
     ) -> Any:
         """An ONNX model of one node `losa.sparse::<operator><Type>`, called 'layers.0', that gives Y.
 
         Args:
             operator: SparseMatMul, SparseSwiGLU, DenseMatMul or Embedding.
-            attributes: in place of the weight's own, or more.
+            gamma: makes it the operator SkipNorm…, which also takes 'skip', of any shape, and gives 'sum'.
+            attributes: in place of the weight's own, or more; an epsilon of 1e-5 is among them where there is a gamma.
             inputs: tensors that are graph inputs rather than initializers.
             shape: of the first input; by default (batch, sequence) for ids and (batch, sequence, K) for X.
         """
@@ -177,23 +179,27 @@ class Containers:
             if not embedding:
                 numbers["activation_bits"] = weight.activation_bits
         tensors = [as_tensor(name, a, weight.value_type) for name, a in Containers.tensors(weight).items()]
+        norm = [] if gamma is None else [as_tensor("gamma", gamma, weight.value_type)]
         node = helper.make_node(
-            f"{operator}{weight.value_type.capitalize()}",
-            [first, *(tensor.name for tensor in tensors)],
-            ["Y"],
+            f"{'SkipNorm' if norm else ''}{operator}{weight.value_type.capitalize()}",
+            [first, *(["skip"] if norm else []), *(tensor.name for tensor in norm + tensors)],
+            ["Y", *(["sum"] if norm else [])],
             name="layers.0",
             domain="losa.sparse",
-            **(numbers | (attributes or {})),
+            **(numbers | ({"epsilon": 1e-5} if norm else {}) | (attributes or {})),
         )
+        tensors = norm + tensors
         if shape is None:
             shape = ("batch", "sequence") if embedding else ("batch", "sequence", weight.columns)
         fed = [helper.make_tensor_value_info(first, kinds.INT64 if embedding else kinds.FLOAT, shape)]
+        if norm:
+            fed.append(helper.make_tensor_value_info("skip", kinds.FLOAT, None))
         fed += [helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in tensors if t.name in inputs]
         graph = helper.make_graph(
             [node],
             "one",
             fed,
-            [helper.make_tensor_value_info("Y", kinds.FLOAT, None)],
+            [helper.make_tensor_value_info(name, kinds.FLOAT, None) for name in node.output],
             [tensor for tensor in tensors if tensor.name not in inputs],
         )
         opsets = [helper.make_opsetid("", 18), helper.make_opsetid("losa.sparse", 1)]

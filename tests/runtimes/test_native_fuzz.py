@@ -131,6 +131,7 @@ def change_model(model: Any, generator: np.random.Generator) -> str:
 
     node, kinds = model.graph.node[0], onnx.TensorProto
     integers = [attribute for attribute in node.attribute if attribute.name in ("N", "K", "layout", "group")]
+    constants = 2 if "skip" in node.input else 1  # the input at which they begin
     tensor = model.graph.initializer[generator.integers(len(model.graph.initializer))]
     match int(generator.integers(8)):
         case 0:
@@ -164,7 +165,7 @@ def change_model(model: Any, generator: np.random.Generator) -> str:
             node.input.append(node.input[-1])
             return "an input more"
         case _:
-            index = int(generator.integers(1, len(node.input)))
+            index = int(generator.integers(constants, len(node.input)))
             node.input[index] = ["", "nothing", node.input[0]][generator.integers(3)]
             return f"input {index} is '{node.input[index]}'"
 
@@ -198,13 +199,16 @@ def run_node_case(tools: Any, case: int) -> tuple[str, bool]:
         activation_bits=[8, 16][generator.integers(2)],
         seed=case,
     ).weight
-    what = f"{OPERATORS[kind]} {value_type} ({rows}, {columns}):"
+    gamma = None
+    if kind != "embedding" and generator.random() < 0.4:
+        gamma = generator.uniform(0.5, 2, columns).astype(np.float32)
+    what = f"{'' if gamma is None else 'SkipNorm'}{OPERATORS[kind]} {value_type} ({rows}, {columns}):"
     in_file_only = generator.random() < 0.25
     if not in_file_only:
         for _ in range(generator.integers(1, 3)):
             weight, change = change_weight(weight, kind, generator)
             what += f" {change}"
-    model = tools.model(weight, OPERATORS[kind], shape=("batch", "width"))
+    model = tools.model(weight, OPERATORS[kind], shape=("batch", "width"), gamma=gamma)
     if in_file_only:
         what += f" {change_model(model, generator)}"
     sys.stderr.write(f"case {case}: {what}\n")
@@ -214,9 +218,12 @@ def run_node_case(tools: Any, case: int) -> tuple[str, bool]:
         first = generator.integers(0, rows, (1, tokens))
     else:
         first = generator.standard_normal((tokens, columns)).astype(np.float32)
+    feeds = {"ids" if kind == "embedding" else "X": first}
+    if gamma is not None:
+        feeds["skip"] = generator.standard_normal(first.shape).astype(np.float32)
+        first = native.skip_norm(first, feeds["skip"], gamma, 1e-5)[0]
     expected = outcome(lambda: through_the_door(weight, kind, first))
-    name = "ids" if kind == "embedding" else "X"
-    found = outcome(lambda: tools.session(model).run(None, {name: first})[0])
+    found = outcome(lambda: tools.session(model).run(None, feeds)[0])
 
     if in_file_only:
         assert isinstance(found, Exception), "accepted"

@@ -99,11 +99,17 @@ LOSA_EXPORT int losa_matmul(const char* row, const losa::WeightParts* parts, con
     losa::Weight weight{};
     if (!losa::validate(*parts, &weight, &message)) return report(kFormatError, message, error, error_capacity);
     if (!losa::multiply(*chosen, weight, x, tokens, y, {run_on_threads, &threads}))
-      return report(kOutOfMemory, "out of memory for packed activations", error, error_capacity);
+      return report(kOutOfMemory, "out of memory for activations", error, error_capacity);
     return kOk;
   } catch (const std::exception& caught) {
     return report(kOutOfMemory, caught.what(), error, error_capacity);
   }
+}
+
+/// normed and sums (tokens, columns) as norm.h says.
+LOSA_EXPORT void losa_skip_norm(const float* x, int64_t tokens, int64_t columns, const float* skip,
+                                const float* gamma, float epsilon, float* sums, float* normed) {
+  losa::skip_norm(x, tokens, columns, {skip, gamma, epsilon, sums}, normed);
 }
 
 /// y (count, columns) as gather_rows() says; the weight must be dense.

@@ -11,6 +11,7 @@ namespace {
 // A task below this many weights costs more to hand out than to run; above kMaxTasks they only crowd.
 constexpr int64_t kDecodeTaskWeights = 48 * 1024;
 constexpr int64_t kMaxTasks = 64;
+// Blocks of a task, if the weight has as many, that make arranging several tokens a small part of its work.
 constexpr int64_t kFewBlocks = 8;
 constexpr int64_t kPrefillTasks = 16;
 constexpr int64_t kPrefillMaxBlocks = 8;
@@ -34,7 +35,7 @@ class Scratch {
   size_t capacity_ = 0;
 };
 
-thread_local Scratch rounded_scratch, packed_scratch;
+thread_local Scratch normed_scratch, rounded_scratch, packed_scratch;
 
 int64_t padded_tokens(int64_t tokens) { return (tokens + kTokenStep - 1) / kTokenStep * kTokenStep; }
 
@@ -45,6 +46,8 @@ struct Job {
   int64_t tokens;  // at most kPrefillTokens
   float* y;
   bool prefill;
+  SkipNorm norm;
+  float* normed;          // [tokens, columns]: the norm's result, in place of x
   RoundedTokens rounded;  // of integer weights
   PackedTokens packed;    // of prefill
   int64_t blocks_per_task;
@@ -68,8 +71,18 @@ struct Job {
       if (prefill)
         kernels.prefill(weight, range, static_cast<const float*>(packed.values), tokens, to);
       else
-        kernels.decode(weight, range, x, tokens, to);
+        kernels.decode(weight, range, activations(), tokens, to);
     }
+  }
+
+  /// What the product reads.
+  const float* activations() const { return norm.present() ? normed : x; }
+
+  /// Adds and norms some tokens and rounds them, as far as the operator asks for either.
+  void prepare(int64_t first, int64_t count) const {
+    const int64_t place = first * w.columns;
+    if (norm.present()) skip_norm(x + place, count, w.columns, norm.from(first, w.columns), normed + place);
+    if (is_integer(w.type)) row.round(activations() + place, count, w.activation_bits, rounded.from(first));
   }
 
   /// A few pairs of blocks at a time, whose products are still in the cache when they are combined.
@@ -85,8 +98,12 @@ struct Job {
     }
   }
 
-  /// Memory for rounded and packed activations; false if there is none.
+  /// Memory for normed, rounded and packed activations; false if there is none.
   bool reserve() {
+    if (norm.present()) {
+      normed = static_cast<float*>(normed_scratch.reserve(tokens * w.columns * 4));
+      if (normed == nullptr) return false;
+    }
     const bool integer = is_integer(w.type);
     if (integer) {
       const RoundedTokens shape{nullptr, nullptr, w.columns, w.group};
@@ -109,12 +126,11 @@ struct Job {
 void pack_task(void* argument, size_t index) {
   const Job& job = *static_cast<const Job*>(argument);
   const int64_t tile = static_cast<int64_t>(index);
-  if (!is_integer(job.w.type))
-    return job.row.floats(job.w.type).pack(job.x, job.tokens, job.w.columns, tile,
-                                           static_cast<float*>(job.packed.values));
   const TokenTile part = token_tile(job.tokens, tile);
-  job.row.round(job.x + part.first * job.w.columns, part.tokens, job.w.activation_bits,
-                job.rounded.from(part.first));
+  job.prepare(part.first, part.tokens);
+  if (!is_integer(job.w.type))
+    return job.row.floats(job.w.type).pack(job.activations(), job.tokens, job.w.columns, tile,
+                                           static_cast<float*>(job.packed.values));
   job.row.integers(job.w.type).pack(job.w, job.rounded, job.tokens, tile, job.packed);
 }
 
@@ -155,21 +171,22 @@ bool takes_prefill(const KernelRow& row, ValueType type, int64_t tokens) {
 }  // namespace
 
 bool multiply(const KernelRow& row, const Weight& w, const float* x, int64_t tokens, float* y,
-              const Parallel& parallel) noexcept {
+              const Parallel& parallel, const SkipNorm& norm) noexcept {
   if (tokens <= 0) return true;
   // Passes of nearly equal size: 130 tokens as 72 + 58, not 128 + 2.
   const int64_t passes = (tokens + kPrefillTokens - 1) / kPrefillTokens;
   const int64_t pass = (tokens + passes * kTokenStep - 1) / (passes * kTokenStep) * kTokenStep;
   for (int64_t first = 0; first < tokens; first += pass) {
     const int64_t count = tokens - first < pass ? tokens - first : pass;
-    Job job{row, w, x + first * w.columns, count, y + first * w.outputs, takes_prefill(row, w.type, count), {}, {}, 0};
+    Job job{row, w, x + first * w.columns, count, y + first * w.outputs, takes_prefill(row, w.type, count),
+            norm.from(first, w.columns), nullptr, {}, {}, 0};
     if (!job.reserve()) return false;
     if (job.prefill) {
       job.blocks_per_task = clamp(w.blocks() / kPrefillTasks, 1, kPrefillMaxBlocks);
       run(parallel, static_cast<size_t>(token_tile_count(count)), pack_task, &job);
     } else {
       job.blocks_per_task = decode_blocks_per_task(w, count);
-      if (is_integer(w.type)) row.round(job.x, count, w.activation_bits, job.rounded);
+      job.prepare(0, count);
     }
     if (w.gated()) job.blocks_per_task += job.blocks_per_task % 2;  // a task has whole pairs
     run(parallel, job.tasks(), product_task, &job);

@@ -3,12 +3,16 @@
 //   SparseSwiGLU   Y = silu(X Wgate^T) * (X Wup^T) with both in one container
 //   DenseMatMul    Y = X W^T with W rounded but not pruned, for the head
 //   Embedding      rows of such a W by number, for the table that a head may share
+//   SkipNorm...    the first three on the RMS norm of X + skip (norm.h); the sum is a second result
 //
 // No exception leaves this file: each entry returns an OrtStatus. Messages that a caller should map to a
 // typed error start with "losa.FormatError: " or "losa.KernelError: ".
+#include <cmath>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "losa/export.h"
@@ -29,14 +33,16 @@ struct Input {
   const char* name;
   int type;                  // ort::ElementType
   size_t element_bytes;
-  Bytes WeightParts::*part;  // null for X and ids
+  Bytes WeightParts::*part;  // null for what is no part of the weight: ids, X, skip and gamma
 };
+constexpr size_t kSkip = 1, kGamma = 2;  // where these are inputs
 
 /// An operator; its callbacks get it back. `api` is for the one that ONNX Runtime gives none.
 struct Op : ort::CustomOp {
   const ort::Api* api;
   std::string name;
   Kind kind;
+  bool normed;
   ValueType type;
   std::vector<Input> inputs;
 
@@ -49,6 +55,8 @@ struct Kernel {
   const KernelRow* row;
   Weight weight;
   Kind kind;
+  std::vector<float> gamma;  // empty: no norm
+  float epsilon;
   std::string where;  // operator and node, for messages
 };
 
@@ -88,8 +96,8 @@ Status* constant(const Calls& calls, const ort::KernelInfo* info, const std::str
   const ort::Value* value = nullptr;
   if (Status* status = calls.constant_input(info, index, &is_constant, &value)) return status;
   if (!is_constant || value == nullptr)
-    return format_error(calls, where, std::string("input '") + input.name +
-                                    "' is not an initializer; the weight must be constant");
+    return format_error(calls, where, std::string("input '") + input.name + "' is not an initializer; " +
+                                          (input.part == nullptr ? "it" : "the weight") + " must be constant");
   std::vector<int64_t> dims;
   int type = 0;
   if (Status* status = describe_tensor(calls, value, &dims, &type)) return status;
@@ -128,6 +136,26 @@ Status* optional_attribute(const Calls& calls, const ort::KernelInfo* info, cons
                  : format_error(calls, where, std::string("attribute '") + name + "' is not one integer");
 }
 
+/// The norm's gamma, copied to where it is aligned, and its epsilon.
+Status* read_norm(const Op& op, const Calls& calls, const ort::KernelInfo* info, const std::string& where,
+                  int64_t columns, std::vector<float>* gamma, float* epsilon) {
+  if (Status* status = calls.attribute(info, "epsilon", epsilon)) {
+    calls.release(status);
+    return format_error(calls, where, "attribute 'epsilon' is missing, or not one number");
+  }
+  if (!(*epsilon >= 0) || std::isinf(*epsilon))
+    return format_error(calls, where, "epsilon is " + std::to_string(*epsilon) + ", not a finite number from 0 on");
+  Bytes bytes{};
+  if (Status* status = constant(calls, info, where, op, kGamma, &bytes)) return status;
+  if (bytes.data == nullptr || bytes.size != static_cast<size_t>(columns) * sizeof(float))
+    return format_error(calls, where, "gamma has " + std::to_string(bytes.size) + " bytes, K = " +
+                                          std::to_string(columns) + " needs " +
+                                          std::to_string(static_cast<size_t>(columns) * sizeof(float)));
+  gamma->resize(static_cast<size_t>(columns));
+  std::memcpy(gamma->data(), bytes.data, bytes.size);
+  return nullptr;
+}
+
 Status* create(const Op& op, const Calls& calls, const ort::KernelInfo* info, void** result) {
   const std::string where = op.name + " node '" + node_name(calls, info) + "'";
   WeightParts parts{};
@@ -145,15 +173,21 @@ Status* create(const Op& op, const Calls& calls, const ort::KernelInfo* info, vo
     if (Status* status = optional_attribute(calls, info, where, "activation_bits", &parts.activation_bits))
       return status;
   }
-  for (size_t i = 1; i < op.inputs.size(); ++i)
+  for (size_t i = 0; i < op.inputs.size(); ++i) {
+    if (op.inputs[i].part == nullptr) continue;
     if (Status* status = constant(calls, info, where, op, i, &(parts.*op.inputs[i].part))) return status;
+  }
 
   std::string error;
   const KernelRow* row = select_row_from_environment(&error);
   if (row == nullptr) return calls.create_status(ort::kFail, ("losa.KernelError: " + error).c_str());
   Weight weight{};
   if (!validate(parts, &weight, &error)) return format_error(calls, where, error);
-  *result = new Kernel{calls, row, weight, op.kind, where};
+  std::vector<float> gamma;
+  float epsilon = 0;
+  if (op.normed)
+    if (Status* status = read_norm(op, calls, info, where, weight.columns, &gamma, &epsilon)) return status;
+  *result = new Kernel{calls, row, weight, op.kind, std::move(gamma), epsilon, where};
   return nullptr;
 }
 
@@ -171,6 +205,25 @@ struct SessionThreads {
   }
 };
 
+/// What the call adds to X and where the sums go; `dims` are those of X.
+Status* open_norm(const Kernel& kernel, ort::KernelContext* context, const std::vector<int64_t>& dims,
+                  SkipNorm* norm) {
+  const Calls& calls = kernel.calls;
+  const ort::Value* skip = nullptr;
+  if (Status* status = calls.input(context, kSkip, &skip)) return status;
+  std::vector<int64_t> skip_dims;
+  int type = 0;
+  if (Status* status = describe_tensor(calls, skip, &skip_dims, &type)) return status;
+  if (skip_dims != dims) return format_error(calls, kernel.where, "skip has not the shape of X");
+  ort::Value* sums = nullptr;
+  if (Status* status = calls.output(context, 1, dims.data(), dims.size(), &sums)) return status;
+  void *from = nullptr, *to = nullptr;
+  if (Status* status = calls.data(skip, &from)) return status;
+  if (Status* status = calls.data(sums, &to)) return status;
+  *norm = {static_cast<const float*>(from), kernel.gamma.data(), kernel.epsilon, static_cast<float*>(to)};
+  return nullptr;
+}
+
 Status* compute(const Kernel& kernel, ort::KernelContext* context) {
   const Calls& calls = kernel.calls;
   const Weight& weight = kernel.weight;
@@ -185,6 +238,9 @@ Status* compute(const Kernel& kernel, ort::KernelContext* context) {
                         "the last dimension of X is " +
                             (dims.empty() ? std::string("absent") : std::to_string(dims.back())) +
                             ", the weight has K = " + std::to_string(weight.columns));
+  SkipNorm norm{};
+  if (!kernel.gamma.empty())
+    if (Status* status = open_norm(kernel, context, dims, &norm)) return status;
   if (embedding)
     dims.push_back(weight.columns);
   else
@@ -207,15 +263,30 @@ Status* compute(const Kernel& kernel, ort::KernelContext* context) {
   }
   SessionThreads threads{calls, context, nullptr};
   const bool enough_memory = multiply(*kernel.row, weight, static_cast<const float*>(x), tokens,
-                                      static_cast<float*>(y), {SessionThreads::run, &threads});
+                                      static_cast<float*>(y), {SessionThreads::run, &threads}, norm);
   if (threads.status != nullptr) return threads.status;
   if (!enough_memory)
-    return calls.create_status(ort::kFail, (kernel.where + ": out of memory for packed activations").c_str());
+    return calls.create_status(ort::kFail, (kernel.where + ": out of memory for activations").c_str());
   return nullptr;
 }
 
-/// Y has the shape of X with N as its last dimension (of ids with K behind), which lets ONNX Runtime plan memory.
-Status* infer_shape(const Calls& calls, ort::ShapeInferContext* context, bool embedding) {
+Status* set_output(const Calls& calls, ort::ShapeInferContext* context, size_t index,
+                   const std::vector<int64_t>& dims, const std::vector<const char*>& names) {
+  ort::TensorInfo* output = nullptr;
+  if (Status* status = calls.create_tensor_info(&output)) return status;
+  Status* status = calls.set_element_type(output, ort::kFloat);
+  if (status == nullptr) status = calls.set_dims(output, dims.data(), dims.size());
+  if (status == nullptr)
+    status = calls.set_dim_names(output, const_cast<const char**>(names.data()), names.size());
+  if (status == nullptr) status = calls.set_output_info(context, index, output);
+  calls.release(output);
+  return status;
+}
+
+/// Y has the shape of X with N as its last dimension (of ids with K behind), which lets ONNX Runtime plan memory; the
+/// sum of a norm has that of X.
+Status* infer_shape(const Op& op, const Calls& calls, ort::ShapeInferContext* context) {
+  const bool embedding = op.kind == Kind::kEmbedding;
   const ort::OpAttribute* attribute = nullptr;
   if (Status* status = calls.attribute(context, embedding ? "K" : "N", &attribute)) return status;
   int64_t rows = 0;
@@ -230,23 +301,18 @@ Status* infer_shape(const Calls& calls, ort::ShapeInferContext* context, bool em
   if (Status* status = calls.dims(input, dims.data(), rank)) return status;
   if (Status* status = calls.dim_names(input, names.data(), rank)) return status;
   // ONNX Runtime would take the -1 of a size without number and name for a number.
+  const auto unknown = [&](size_t i) { return dims[i] < 0 && (names[i] == nullptr || *names[i] == 0); };
   for (size_t i = 0; i + (embedding ? 0 : 1) < rank; ++i)
-    if (dims[i] < 0 && (names[i] == nullptr || *names[i] == 0)) return nullptr;
+    if (unknown(i)) return nullptr;
+  if (op.normed && !unknown(rank - 1))
+    if (Status* status = set_output(calls, context, 1, dims, names)) return status;
   if (embedding) {
     dims.push_back(rows);
     names.push_back("");
-    ++rank;
   }
   dims.back() = rows;
   names.back() = "";
-  ort::TensorInfo* output = nullptr;
-  if (Status* status = calls.create_tensor_info(&output)) return status;
-  Status* status = calls.set_element_type(output, ort::kFloat);
-  if (status == nullptr) status = calls.set_dims(output, dims.data(), rank);
-  if (status == nullptr) status = calls.set_dim_names(output, names.data(), rank);
-  if (status == nullptr) status = calls.set_output_info(context, 0, output);
-  calls.release(output);
-  return status;
+  return set_output(calls, context, 0, dims, names);
 }
 
 /// Runs `body`, turning what it throws (only memory can run out) into a status.
@@ -259,7 +325,7 @@ Status* guarded(const Calls& calls, Body body) noexcept {
   }
 }
 
-std::vector<Input> inputs_of(Kind kind, ValueType type) {
+std::vector<Input> inputs_of(Kind kind, bool normed, ValueType type) {
   const bool dense = kind == Kind::kDenseMatMul || kind == Kind::kEmbedding;
   static constexpr int kTypes[] = {ort::kFloat, ort::kBfloat16, ort::kInt8, ort::kUint8};
   std::vector<Input> inputs;
@@ -267,6 +333,10 @@ std::vector<Input> inputs_of(Kind kind, ValueType type) {
     inputs.push_back({"ids", ort::kInt64, 8, nullptr});
   else
     inputs.push_back({"X", ort::kFloat, 4, nullptr});
+  if (normed) {
+    inputs.push_back({"skip", ort::kFloat, 4, nullptr});
+    inputs.push_back({"gamma", ort::kFloat, 4, nullptr});
+  }
   if (!dense) inputs.push_back({"mask", ort::kUint8, 1, &WeightParts::masks});
   inputs.push_back({"values", kTypes[static_cast<int>(type)], static_cast<size_t>(element_bytes(type)),
                     &WeightParts::values});
@@ -276,15 +346,16 @@ std::vector<Input> inputs_of(Kind kind, ValueType type) {
   return inputs;
 }
 
-Op make_op(const ort::Api* api, const char* name, Kind kind, ValueType type) {
+Op make_op(const ort::Api* api, const char* name, Kind kind, bool normed, ValueType type) {
   using ort::CustomOp;
   static constexpr const char* kTypeNames[] = {"Fp32", "Bf16", "Int8", "Int4"};
   Op op{};
   op.api = api;
-  op.name = std::string(name) + kTypeNames[static_cast<int>(type)];
+  op.name = std::string(normed ? "SkipNorm" : "") + name + kTypeNames[static_cast<int>(type)];
   op.kind = kind;
+  op.normed = normed;
   op.type = type;
-  op.inputs = inputs_of(kind, type);
+  op.inputs = inputs_of(kind, normed, type);
   op.version = ort::kApiVersion;
   op.GetName = [](const CustomOp* self) { return static_cast<const Op*>(self)->name.c_str(); };
   op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return "CPUExecutionProvider"; };
@@ -292,7 +363,9 @@ Op make_op(const ort::Api* api, const char* name, Kind kind, ValueType type) {
   op.GetInputType = [](const CustomOp* self, size_t index) {
     return static_cast<const Op*>(self)->inputs[index].type;
   };
-  op.GetOutputTypeCount = [](const CustomOp*) -> size_t { return 1; };
+  op.GetOutputTypeCount = [](const CustomOp* self) -> size_t {
+    return static_cast<const Op*>(self)->normed ? 2 : 1;
+  };
   op.GetOutputType = [](const CustomOp*, size_t) -> int { return ort::kFloat; };
   op.GetInputCharacteristic = [](const CustomOp*, size_t) -> int { return ort::kRequired; };
   op.GetOutputCharacteristic = op.GetInputCharacteristic;
@@ -314,9 +387,9 @@ Op make_op(const ort::Api* api, const char* name, Kind kind, ValueType type) {
   };
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.InferOutputShapeFn = [](const CustomOp* self, ort::ShapeInferContext* context) {
-    const Calls calls(static_cast<const Op*>(self)->api);
-    const bool embedding = static_cast<const Op*>(self)->kind == Kind::kEmbedding;
-    return guarded(calls, [&] { return infer_shape(calls, context, embedding); });
+    const Op& op = *static_cast<const Op*>(self);
+    const Calls calls(op.api);
+    return guarded(calls, [&] { return infer_shape(op, calls, context); });
   };
   return op;
 }
@@ -328,11 +401,15 @@ Status* shared_domain(const ort::Api* api, ort::CustomOpDomain** domain) {
     std::vector<Op> all;
     for (int type = 0; type < kValueTypes; ++type) {
       const ValueType value_type = static_cast<ValueType>(type);
-      all.push_back(make_op(api, "SparseMatMul", Kind::kSparseMatMul, value_type));
-      all.push_back(make_op(api, "SparseSwiGLU", Kind::kSparseSwiGLU, value_type));
-      if (value_type == ValueType::kFp32) continue;  // ONNX has these
-      all.push_back(make_op(api, "DenseMatMul", Kind::kDenseMatMul, value_type));
-      all.push_back(make_op(api, "Embedding", Kind::kEmbedding, value_type));
+      for (bool normed : {false, true}) {
+        all.push_back(make_op(api, "SparseMatMul", Kind::kSparseMatMul, normed, value_type));
+        all.push_back(make_op(api, "SparseSwiGLU", Kind::kSparseSwiGLU, normed, value_type));
+        // A dense fp32 product is ONNX's own.
+        if (value_type != ValueType::kFp32)
+          all.push_back(make_op(api, "DenseMatMul", Kind::kDenseMatMul, normed, value_type));
+      }
+      if (value_type != ValueType::kFp32)
+        all.push_back(make_op(api, "Embedding", Kind::kEmbedding, false, value_type));
     }
     return all;
   }();

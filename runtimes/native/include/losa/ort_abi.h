@@ -86,6 +86,9 @@ class Calls {
   }
   void release(CustomOpDomain* domain) const { call<101, void>(domain); }
 
+  Status* attribute(const KernelInfo* info, const char* name, float* value) const {
+    return call<85, Status*>(info, name, value);
+  }
   Status* attribute(const KernelInfo* info, const char* name, int64_t* value) const {
     return call<86, Status*>(info, name, value);
   }
