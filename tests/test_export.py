@@ -148,9 +148,11 @@ def test_the_written_weights_decode_to_the_checkpoint_bit_for_bit(sparse: Path, 
     nodes = [node for node in opened.proto.graph.node if node.domain == "losa.sparse"]
     seen = []
     for node in nodes:
-        tensors = {name.rpartition(".")[2]: opened.read(name) for name in node.input[1:]}
+        product = FORMATS["fp32"].product_of(node.op_type)
+        names = FORMATS["fp32"].tensor_names(product)
+        tensors = {short: opened.read(name) for short, name in zip(names, node.input[-len(names) :], strict=True)}
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
-        swiglu = node.op_type == FORMATS["fp32"].swiglu_op
+        swiglu = product == FORMATS["fp32"].swiglu_op
         if swiglu:
             attributes["N"] = 16 * tensors["mask"].shape[0]
         weight, keep = FORMATS["fp32"].decode(EncodedWeight(tensors, attributes))
@@ -379,10 +381,10 @@ def test_a_tied_table_is_stored_once_and_an_untied_one_twice(pruned: Path, tmp_p
     export_onnx(quick(pruned, tmp_path / "onnx", values="int8"))
     opened = check_external_data(tmp_path / "onnx")
     nodes = {node.op_type: node for node in opened.proto.graph.node}
-    embedding, head = nodes["EmbeddingInt8"], nodes["DenseMatMulInt8"]
+    embedding, head = nodes["EmbeddingInt8"], nodes["SkipNormDenseMatMulInt8"]
     tied = open_checkpoint(pruned).config["tie_word_embeddings"]
-    assert (embedding.input[1:] == head.input[1:]) is tied
-    assert head.output == ["logits"]
+    assert (embedding.input[1:] == head.input[3:]) is tied
+    assert head.output[0] == "logits"
     assert "lm_head.weight" not in opened.tensors
     assert "model.embed_tokens.weight" not in opened.tensors
 
@@ -397,7 +399,7 @@ def test_the_head_may_be_of_another_type_than_the_values(values: str, head: str,
     assert (record["values"], record["head"], record["group"], record["activations"]) == expected
     assert report.types == StoredTypes(*expected)
     operators = {node.op_type for node in check_external_data(tmp_path / "onnx").proto.graph.node}
-    assert ("DenseMatMul" + head.capitalize() in operators) is (head != "fp32")
+    assert ("SkipNormDenseMatMul" + head.capitalize() in operators) is (head != "fp32")
     expected_text = f"sparse {values}, head {head}" + (" (groups of 64, int16 activations)" if scaled else "")
     assert expected_text in str(report)
     tables = {name for name in stored_weights(tmp_path / "onnx") if "_proj" not in name}
@@ -409,7 +411,8 @@ def test_activations_are_an_attribute_of_each_product(sparse: Path, tmp_path: Pa
     export_onnx(quick(sparse, tmp_path / "onnx", values="int4", activations="int8"))
     nodes = [node for node in check_external_data(tmp_path / "onnx").proto.graph.node if node.domain == "losa.sparse"]
     bits = {node.op_type: [item.i for item in node.attribute if item.name == "activation_bits"] for node in nodes}
-    assert bits == {"SparseMatMulInt4": [8], "SparseSwiGLUInt4": [8], "DenseMatMulInt8": [8], "EmbeddingInt8": []}
+    products = ("SparseMatMulInt4", "SkipNormSparseMatMulInt4", "SkipNormSparseSwiGLUInt4", "SkipNormDenseMatMulInt8")
+    assert bits == {**{one: [8] for one in products}, "EmbeddingInt8": []}
 
 
 @pytest.mark.parametrize("values", ["bf16", "int8", "int4"])

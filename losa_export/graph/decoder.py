@@ -12,6 +12,7 @@ from losa_export.architecture import DecoderSpec, linear_has_bias, rotary_caches
 from losa_export.graph.formats import DOMAIN, DOMAIN_VERSION
 from losa_export.graph.functions import own_functions
 from losa_export.graph.nodes import NodeList
+from losa_export.graph.norms import fuse_skip_norms
 from losa_export.graph.profiles import OPSET, Inputs, LayerCache, Profile, ProfileName, rms_norm
 from losa_export.graph.weights import WeightStore
 
@@ -70,9 +71,6 @@ class DecoderBuilder:
         self, inputs: list[ir.Value], outputs: list[ir.Value], profile_name: ProfileName, producer: str
     ) -> ir.Model:
         imports = dict(self._profile.opset_imports)
-        functions = own_functions(self._nodes.nodes, OPSET)
-        if functions:
-            imports[DOMAIN] = DOMAIN_VERSION
         graph = ir.Graph(
             inputs,
             outputs,
@@ -81,6 +79,10 @@ class DecoderBuilder:
             opset_imports=imports,
             name=self._spec.model_type,
         )
+        fuse_skip_norms(graph)
+        functions = own_functions(graph, OPSET)
+        if functions:
+            graph.opset_imports[DOMAIN] = DOMAIN_VERSION
         return ir.Model(
             graph,
             ir_version=IR_VERSION,

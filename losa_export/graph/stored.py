@@ -27,7 +27,7 @@ class StoredNode:
         op_type: its operator.
         value_format: that the operator belongs to.
         tensors: short name → initializer.
-        attributes: the node's integers.
+        attributes: the node's integers that describe its weight.
         parts: checkpoint tensors whose rows it holds.
     """
 
@@ -64,7 +64,7 @@ class StoredNode:
 
     @property
     def _interleaved(self) -> bool:
-        return self.op_type == self.value_format.swiglu_op
+        return self.value_format.product_of(self.op_type) == self.value_format.swiglu_op
 
     def _rows(self, blocks: int) -> int:
         return blocks * BLOCK_ROWS if self._interleaved else self.attributes["N"]
@@ -83,7 +83,8 @@ def stored_nodes(model: ModelFolder) -> Iterator[StoredNode]:
             continue
         value_format = format_of(node.op_type)
         names = value_format.tensor_names(node.op_type) if value_format else ()
-        if value_format is None or len(names) != len(node.input) - 1:
+        before = len(value_format.input_names(node.op_type)) if value_format else 0
+        if value_format is None or len(node.input) != before + len(names):
             raise FormatError(
                 f"node '{node.name}' has the unknown operator '{node.op_type}' with {len(node.input)} inputs: "
                 "export the model again"
@@ -93,8 +94,8 @@ def stored_nodes(model: ModelFolder) -> Iterator[StoredNode]:
             node.name,
             node.op_type,
             value_format,
-            dict(zip(names, node.input[1:], strict=True)),
-            {attribute.name: int(attribute.i) for attribute in node.attribute},
+            dict(zip(names, node.input[before:], strict=True)),
+            {one.name: int(one.i) for one in node.attribute if one.name in value_format.attribute_names(node.op_type)},
             parse(metadata.get(METADATA_KEY), node.name),
         )
 

@@ -107,7 +107,10 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def one_node() -> Callable[[ValueFormat, str, EncodedWeight], onnx.ModelProto]:
-    """Makes a model of one node of our domain, with its function; its input is called X, its output Y."""
+    """Makes a model of one node of our domain, with its function; its input is called X, its output Y.
+
+    One with a norm also takes 'skip' and gives 'sum'; its gamma rises from 0.5 to 1.5, its epsilon is 0.25.
+    """
 
     def build(fmt: ValueFormat, op_type: str, encoded: EncodedWeight) -> onnx.ModelProto:
         rows, columns = encoded.attributes["N"], encoded.attributes["K"]
@@ -117,12 +120,21 @@ def one_node() -> Callable[[ValueFormat, str, EncodedWeight], onnx.ModelProto]:
             x, width = ir.val("X", ir.DataType.FLOAT, ["batch", "sequence", columns]), rows
         tensors = {name: ir.tensor(array, name=name) for name, array in encoded.tensors.items()}
         parts = [ir.val(name, tensor.dtype, tensor.shape, const_value=tensor) for name, tensor in tensors.items()]
-        attributes = {name: encoded.attributes[name] for name in fmt.attribute_names(op_type)}
-        nodes = NodeList()
-        y = nodes.add(op_type, [x, *parts], attributes, domain=DOMAIN, output="Y")
-        y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", "sequence", width])
+        attributes: dict[str, int | float] = {name: encoded.attributes[name] for name in fmt.attribute_names(op_type)}
+        nodes, inputs, outputs, widths = NodeList(), [x], ["Y"], [width]
+        if "skip" in fmt.input_names(op_type):
+            tensor = ir.tensor(np.linspace(0.5, 1.5, columns, dtype=np.float32), name="gamma")
+            gamma = ir.val("gamma", tensor.dtype, tensor.shape, const_value=tensor)
+            inputs.append(ir.val("skip", ir.DataType.FLOAT, ["batch", "sequence", columns]))
+            parts.insert(0, gamma)
+            outputs.append("sum")
+            widths.append(columns)
+            attributes["epsilon"] = 0.25
+        made = nodes.add_many(op_type, [*inputs, *parts], outputs, attributes, domain=DOMAIN)
+        for y, size in zip(made, widths, strict=True):
+            y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", "sequence", size])
         imports = {"": 23, DOMAIN: DOMAIN_VERSION}
-        graph = ir.Graph([x], [y], nodes=nodes.nodes, initializers=parts, opset_imports=imports, name="one")
+        graph = ir.Graph(inputs, made, nodes=nodes.nodes, initializers=parts, opset_imports=imports, name="one")
         return ir.to_proto(ir.Model(graph, ir_version=10, functions=[fmt.function(op_type, 23)]))
 
     return build

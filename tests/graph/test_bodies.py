@@ -124,3 +124,25 @@ def test_an_embedding_unfolds_only_the_rows_it_is_asked_for(
     folded = onnx.load(tmp_path / "optimised.onnx").graph.initializer
     stored = sum(tensor.nbytes for tensor in encoded.tensors.values())
     assert sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in folded) < stored + 10_000
+
+
+def test_a_norm_before_a_product_is_an_addition_and_a_norm(fmt: ValueFormat, one_node: Build, tmp_path: Path) -> None:
+    columns = 70
+    weight, keep = pruned(37, columns, 0.4, 3)
+    encodings = {fmt.sparse_op: fmt.encode(weight, keep)}
+    if fmt.stores_dense:
+        encodings[fmt.dense_op] = fmt.encode_dense(weight)
+    x, skip = activations(columns), 3 * activations(columns)[::-1]
+    total = (x + skip).astype(np.float64)
+    gamma = np.linspace(0.5, 1.5, columns)
+    normed = total / np.sqrt(np.mean(total**2, axis=-1, keepdims=True) + 0.25) * gamma
+    for op_type, encoded in encodings.items():
+        model = one_node(fmt, str(fmt.normed_op(op_type)), encoded)
+        onnx.checker.check_model(model, full_check=False)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        y, found = session.run(None, {"X": x, "skip": skip})
+        np.testing.assert_array_equal(found, x + skip)
+        # float32 sums of at most 70 terms around 1
+        np.testing.assert_allclose(y, normed @ fmt.decode(encoded)[0].T, rtol=1e-5, atol=2e-5)

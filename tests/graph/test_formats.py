@@ -213,7 +213,8 @@ def test_int4_codes_lie_low_half_first_and_each_step_begins_a_byte() -> None:
 
 def test_a_dense_table_has_no_mask_and_its_last_rows_count_for_nothing(fmt: ValueFormat) -> None:
     if not fmt.stores_dense:
-        assert fmt.op_types == (fmt.sparse_op, fmt.swiglu_op)
+        assert fmt.dense_op not in fmt.op_types
+        assert fmt.embedding_op not in fmt.op_types
         return
     weight, _ = random_weight(ROWS, COLUMNS, 1.0, 1)
     encoded = fmt.encode_dense(weight)
@@ -234,10 +235,25 @@ def test_settings_reach_the_node() -> None:
 
 def test_every_operator_names_its_format() -> None:
     operators = [op_type for one in FORMATS.values() for op_type in one.op_types]
-    assert len(set(operators)) == len(operators) == 14
+    assert len(set(operators)) == len(operators) == 14 + 4 * 2 + 3  # the products with a norm before them
     for one in FORMATS.values():
         assert {format_of(op_type) for op_type in one.op_types} == {one}
     assert format_of("SparseMatMulFuture") is None
+
+
+def test_a_product_with_a_norm_holds_the_same_weight(fmt: ValueFormat) -> None:
+    products = [fmt.sparse_op, fmt.swiglu_op, *([fmt.dense_op] if fmt.stores_dense else [])]
+    for op_type in products:
+        normed = fmt.normed_op(op_type)
+        assert normed == f"SkipNorm{op_type}"
+        assert fmt.product_of(normed) == fmt.product_of(op_type) == op_type
+        assert fmt.tensor_names(normed) == fmt.tensor_names(op_type)
+        assert fmt.attribute_names(normed) == fmt.attribute_names(op_type)
+        assert fmt.input_names(op_type) == ("X",)
+        assert fmt.input_names(normed) == ("X", "skip", "gamma")
+        assert fmt.normed_op(normed) is None
+    assert fmt.normed_op(fmt.embedding_op) is None
+    assert fmt.input_names(fmt.embedding_op) == ("ids",)
 
 
 def test_encoding_takes_no_more_memory_than_the_weight_itself(fmt: ValueFormat) -> None:

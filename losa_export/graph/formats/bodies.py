@@ -154,6 +154,14 @@ def swiglu(nodes: NodeList, x: ir.Value, gate: ir.Value, up: ir.Value, output: s
     return nodes.add("Mul", [silu, nodes.add("MatMul", [x, up])], output=output)
 
 
+def skip_norm(nodes: NodeList, x: ir.Value, skip: ir.Value, gamma: ir.Value, output: str) -> tuple[ir.Value, ir.Value]:
+    """RMS norm of x + skip with the calling node's epsilon, and the sum, which is called `output`."""
+    total = nodes.add("Add", [x, skip], output=output)
+    normed = nodes.add("RMSNormalization", [total, gamma], {"axis": -1, "stash_type": 1})
+    nodes.nodes[-1].attributes.add(ir.RefAttr("epsilon", "epsilon", ir.AttributeType.FLOAT))
+    return normed, total
+
+
 def _place_of_row(nodes: NodeList, ids: ir.Value, entries: ir.Value) -> ir.Value:
     """Where some rows begin in a tensor (blocks, entries, 16, …), counted in its last axes: (…, 1) for ids (…)."""
     rows = nodes.add("Unsqueeze", [ids, nodes.integers(-1)])

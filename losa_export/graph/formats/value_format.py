@@ -33,6 +33,9 @@ from losa_export.quantise import Rounded
 
 Array = NDArray[Any]
 
+# What the names of operators that norm their input begin with.
+_SKIP_NORM = "SkipNorm"
+
 
 class ValueFormat(ABC):
     """A way to store weights, and the operators that work on them.
@@ -40,6 +43,8 @@ class ValueFormat(ABC):
     `sparse_op` is X Wᵀ for the kept values of W under a mask. `swiglu_op` is silu(X Gᵀ) ⊙ X Uᵀ, for the rows of gate
     G and up U interleaved (`losa_export.graph.stacking`); its attribute N counts the rows of one of them. `dense_op`
     is X Wᵀ for all values of W, and `embedding_op` gives rows of the same table: the head, the embedding, or both.
+
+    `normed_op` names the operator that multiplies the RMS norm of X + skip in place of X, and gives that sum as well.
 
     A format turns a weight into levels, one a position, and perhaps scales; the layout is the same for all. What a
     subclass defines is named below, its methods for arrays beside those for ONNX nodes.
@@ -84,19 +89,34 @@ class ValueFormat(ABC):
         """Rows of a dense W."""
         return f"Embedding{self.name.capitalize()}"
 
+    def normed_op(self, op_type: str) -> str | None:
+        """The operator that adds, norms and then does what `op_type` does; None if there is none."""
+        products = (self.sparse_op, self.swiglu_op, *([self.dense_op] if self.stores_dense else []))
+        return _SKIP_NORM + op_type if op_type in products else None
+
+    def product_of(self, op_type: str) -> str:
+        """What an operator does after the norm that it may begin with: the inverse of `normed_op`."""
+        return op_type.removeprefix(_SKIP_NORM)
+
     @property
     def op_types(self) -> tuple[str, ...]:
         """All operators of the format."""
-        sparse = (self.sparse_op, self.swiglu_op)
-        return (*sparse, self.dense_op, self.embedding_op) if self.stores_dense else sparse
+        plain = [self.sparse_op, self.swiglu_op, *([self.dense_op, self.embedding_op] if self.stores_dense else [])]
+        return (*plain, *(normed for one in plain if (normed := self.normed_op(one)) is not None))
+
+    def input_names(self, op_type: str) -> tuple[str, ...]:
+        """Names of an operator's inputs before those of its weight, in order."""
+        if op_type == self.embedding_op:
+            return ("ids",)
+        return ("X",) if op_type == self.product_of(op_type) else ("X", "skip", "gamma")
 
     def tensor_names(self, op_type: str) -> tuple[str, ...]:
-        """Names of an operator's inputs after the first, in order."""
-        stored = ("mask", "values", "block_offsets") if op_type in (self.sparse_op, self.swiglu_op) else ("values",)
-        return stored + self.own_tensors
+        """Names of the inputs that hold an operator's weight, which are its last, in order."""
+        sparse = self.product_of(op_type) in (self.sparse_op, self.swiglu_op)
+        return (("mask", "values", "block_offsets") if sparse else ("values",)) + self.own_tensors
 
     def attribute_names(self, op_type: str) -> tuple[str, ...]:
-        """Names of an operator's attributes. An embedding multiplies nothing, so it has no bits to round to."""
+        """Names of an operator's integer attributes. An embedding multiplies nothing, so it has no bits to round to."""
         names = ("N", "K", "layout", *self.own_attributes)
         return tuple(name for name in names if name != "activation_bits" or op_type != self.embedding_op)
 
@@ -151,20 +171,25 @@ class ValueFormat(ABC):
 
     def function(self, op_type: str, opset_version: int) -> ir.Function:
         """Define one of the operators in standard ones, so that an engine without our library runs it."""
-        first = ir.val("ids" if op_type == self.embedding_op else "X")
+        inputs = [ir.val(name) for name in self.input_names(op_type)]
         tensors = {name: ir.val(name) for name in self.tensor_names(op_type)}
-        nodes = NodeList()
+        nodes, first, outputs = NodeList(), inputs[0], []
+        attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in self.attribute_names(op_type)]
+        if len(inputs) > 1:
+            _, skip, gamma = inputs
+            first, total = bodies.skip_norm(nodes, first, skip, gamma, output="sum")
+            outputs.append(total)
+            attributes.append(ir.Attr("epsilon", ir.AttributeType.FLOAT, None))
         if op_type == self.embedding_op:
             output = self._embedding(nodes, first, tensors)
-        elif op_type == self.swiglu_op:
+        elif self.product_of(op_type) == self.swiglu_op:
             gate, up = self._weights(nodes, tensors, parts=2)
             output = bodies.swiglu(nodes, first, gate, up, output="Y")
         else:
             [weight] = self._weights(nodes, tensors, parts=1)
             output = nodes.add("MatMul", [first, weight], output="Y")
         imports = {"": opset_version}
-        graph = ir.Graph([first, *tensors.values()], [output], nodes=nodes.nodes, opset_imports=imports)
-        attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in self.attribute_names(op_type)]
+        graph = ir.Graph([*inputs, *tensors.values()], [output, *outputs], nodes=nodes.nodes, opset_imports=imports)
         return ir.Function(DOMAIN, op_type, graph=graph, attributes=attributes)
 
     # ---- what a format defines: for arrays … ----
