@@ -237,6 +237,7 @@ def _explode(task: CellTask) -> None:
     run_cell(task)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_cell_that_fails_or_dies_costs_no_other(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     # Forked from here, where the patch is; the forkserver would import the module anew.
     monkeypatch.setattr(methods.multiprocessing, "get_all_start_methods", list)
