@@ -48,7 +48,13 @@ EXIT_INTERRUPTED = 130
 _LONGEST_MESSAGE = 2000
 
 # Imported once, by the server that cells are forked from; each would spend seconds on it.
-_PRELOADED = ("losa_export.eval.studies.methods_cell", "accelerate", "transformers.models.llama.modeling_llama")
+_PRELOADED = (
+    "losa_export.eval.studies.methods_cell",
+    "losa_export.training.train",
+    "losa_export.training.settings",
+    "accelerate",
+    "transformers.models.llama.modeling_llama",
+)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,9 +32,10 @@ from losa_export.files import sha256_of, write_text_atomic
 from losa_export.merge import merge_run
 from losa_export.runtimes.torch_cpu import TorchRuntime
 from losa_export.text import encode_documents, load_tokenizer, read_documents
-from losa_export.training.config import TrainConfig
-from losa_export.training.state import is_resumable
-from losa_export.training.train import TrainResult, train
+
+if TYPE_CHECKING:
+    from losa_export.training.config import TrainConfig
+    from losa_export.training.train import TrainResult
 
 SCHEMA = "losa-study-methods-cell"
 SCHEMA_VERSION = 1
@@ -181,6 +182,9 @@ def _plain_lora(task: CellTask, settings: Mapping[str, Any]) -> tuple[Path, Trai
 
 def _complete(config: TrainConfig, show_progress: bool) -> TrainResult:
     """Train to the end, from where an interrupted run stands if one of these very settings lies there."""
+    from losa_export.training.state import is_resumable
+    from losa_export.training.train import train
+
     result: TrainResult | None = None
     if is_resumable(config.output):
         try:
@@ -229,6 +233,8 @@ def file_label(path: Path) -> str:
 
 def _same_recipe(now: Mapping[str, Any], then: Any) -> bool:
     """Whether a recorded recipe is the present one; a setting that there was not yet counts as its default."""
+    from losa_export.training.config import TrainConfig
+
     if not isinstance(then, dict) or len(then.get("runs", ())) != len(now["runs"]):
         return False
     defaults = _plain({field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING})

@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from losa_export.errors import ConfigError
-from losa_export.training.config import Compute, TrainConfig, to_table
-from losa_export.training.pattern import Pattern
-from losa_export.training.preflight import one_shot_config
-from losa_export.training.settings import preset_file, read_settings
+
+if TYPE_CHECKING:
+    from losa_export.training.config import Compute, TrainConfig
 
 # prune: once, without tuning. tune: rounds of pruning, and tuning under the masks. tune, then prune: plain LoRA,
 # merged, and pruned once at the end.
@@ -146,6 +145,8 @@ class Cell:
 
 def parse_sparsity(text: str) -> tuple[float, str | None]:
     """The fraction of zeros and the pattern of '70%' or '2:4'. Raises: ConfigError."""
+    from losa_export.training.pattern import Pattern
+
     if ":" in text:
         pattern = Pattern.parse(text)
         if pattern.kept is None:
@@ -165,6 +166,8 @@ def train_config(cell: Cell, budget: Budget, output: Path) -> TrainConfig:
 
     For LoRA that is pruned afterwards it is that of the pruning; `model` there is to be the merged one.
     """
+    from losa_export.training.preflight import one_shot_config
+
     method = METHODS[cell.method]
     fraction, pattern = parse_sparsity(cell.sparsity)
     config = replace(_tuning_config(method, budget, output), sparsity_fraction=fraction, pattern=pattern)
@@ -178,6 +181,9 @@ def plain_lora_config(cell: Cell, budget: Budget, output: Path) -> TrainConfig:
 
 
 def _tuning_config(method: Method, budget: Budget, output: Path) -> TrainConfig:
+    from losa_export.training.config import TrainConfig
+    from losa_export.training.settings import preset_file, read_settings
+
     settings = read_settings(preset_file(method.preset)) if method.preset is not None else {}
     settings |= method.settings
     settings |= _scaled_ranks(settings, budget.rank)
@@ -206,6 +212,8 @@ def _tuning_config(method: Method, budget: Budget, output: Path) -> TrainConfig:
 
 def _scaled_ranks(settings: Mapping[str, Any], last: int) -> dict[str, Any]:
     """Ranks that end at a mean of `last` and grow by what the method asks for, as near as whole numbers allow."""
+    from losa_export.training.config import TrainConfig
+
     steps = settings.get("rounds", TrainConfig.rounds) - 1
     growth = settings.get("rank_growth", 0.0)
     first = min(last, max(1, math.floor(last - growth * steps)))
@@ -215,5 +223,7 @@ def _scaled_ranks(settings: Mapping[str, Any], last: int) -> dict[str, Any]:
 
 def comparable(config: TrainConfig) -> dict[str, Any]:
     """The settings of a run that its result depends on, but for the places of files."""
+    from losa_export.training.config import to_table
+
     folders = ("model", "output", "tuning_text", "calibration_text", "save_every_seconds", "overwrite")
     return {name: value for name, value in to_table(config).items() if name not in folders}

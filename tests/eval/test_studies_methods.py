@@ -39,6 +39,7 @@ from losa_export.eval.studies.methods_table import (
     plain_lora_config,
     train_config,
 )
+from losa_export.training import train as train_module
 from losa_export.training.train import train
 
 TEXT = "text/sentences.txt"
@@ -145,7 +146,7 @@ def test_plain_lora_is_tuned_once_and_pruned_for_each_sparsity(study: Study, mon
             outputs.append(config.output)
         return train(config, **options)
 
-    monkeypatch.setattr(methods_cell, "train", spy)
+    monkeypatch.setattr(train_module, "train", spy)
     records = [run_cell(study.task(Cell("lora-remasked", sparsity, 0))) for sparsity in ("50%", "2:4")]
     assert [record["steps"] for record in records] == [10, 10]
     assert [path.parent.name.split("-")[0] for path in outputs] == ["plain", "lora", "lora"]
@@ -201,7 +202,7 @@ def test_an_interrupted_cell_goes_on_to_the_same_result(study: Study, tmp_path: 
         return train(config, on_step=stop, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods_cell, "train", interrupted)
+        patch.setattr(train_module, "train", interrupted)
         with pytest.raises(methods_cell.InterruptedCellError):
             run_cell(again.task(cell))
         assert again.task(cell).finished() is None
