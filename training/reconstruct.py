@@ -28,7 +28,7 @@ from losa_export.training.reconstruction_error import ErrorKind
 # Conjugate gradients for a linear: the error hardly falls beyond.
 _LEAST_SQUARES_STEPS = 30
 
-# A target of nothing but zeros has no scale to divide by.
+# A target of nothing but zeros has no size to divide by.
 _TINY = 1e-30
 
 
@@ -69,7 +69,7 @@ class Reconstruction:
     """What the fit of a block achieved.
 
     Attributes:
-        error_before: ‖O − T‖² / ‖T‖² over all calibration tokens, O the pruned block's output and T its target.
+        error_before: mean over all calibration tokens of ‖o − t‖² / ‖t‖², o the pruned block's output and t its target.
         error_after: the same after the fit, with the weights as they are stored; never more.
     """
 
@@ -133,25 +133,25 @@ def reconstruct_block(
         settings: how.
         seed: of the order of the batches.
     """
-    before, energy = _errors(block, index, layers, batches, targets)
+    before = _error(block, index, layers, batches, targets)
     if before == 0.0:
         return Reconstruction(0.0, 0.0)
     steps: list[Callable[[], None]] = []
     if settings.least_squares:
         steps.append(lambda: _solve_linears(block, index, layers, batches, settings.damping))
     if settings.epochs > 0:
-        steps.append(lambda: _descend(block, index, layers, batches, targets, settings, seed, len(batches) / before))
+        steps.append(lambda: _descend(block, index, layers, batches, targets, settings, seed, 1.0 / before))
     best = before
     for step in steps:
         stored = {name: layer.weight.detach().clone() for name, layer in layers.items()}
         step()
-        after, _ = _errors(block, index, layers, batches, targets)
+        after = _error(block, index, layers, batches, targets)
         if after < best:
             best = after
         else:
             for name, layer in layers.items():
                 layer.set_weight(stored[name])
-    return Reconstruction(before / max(energy, _TINY), best / max(energy, _TINY))
+    return Reconstruction(before, best)
 
 
 @torch.no_grad()
@@ -188,7 +188,7 @@ def _descend(
     seed: Sequence[int],
     unit: float,
 ) -> None:
-    """All Adam steps, and the result written to the layers. `unit` brings a batch's squared error to about 1."""
+    """All Adam steps, and the result written to the layers. `unit` brings a batch's error to about 1."""
     device = next(block.parameters()).device
     starts = [layer.merged() for layer in layers.values()]
     weights = [start.clone().requires_grad_() for start in starts]
@@ -204,7 +204,7 @@ def _descend(
             batch = batches[number]
             output = block(batch.hidden.to(device), **batch.keyword_arguments[index])
             hidden = output[0] if isinstance(output, tuple) else output
-            error = (hidden.float() - targets[number].to(device).float()).square().sum() * unit
+            error = _token_errors(hidden.float(), targets[number].to(device).float()).mean() * unit
             factor = 0.5 * (1.0 + math.cos(math.pi * step / len(order)))
             gradients = torch.autograd.grad(error, weights)
             for group, weight, gradient, mask, peak in zip(
@@ -219,21 +219,30 @@ def _descend(
             layer.set_weight(layer.weight.float() + (weight - start))
 
 
-def _errors(
+def _error(
     block: nn.Module,
     index: int,
     layers: Mapping[str, MaskedLoRALinear],
     batches: Sequence[BlockBatch],
     targets: Sequence[Tensor],
-) -> tuple[float, float]:
-    """Summed squares of output minus target, and of the target, over all batches. Added up in float64."""
-    error = energy = 0.0
+) -> float:
+    """Mean over all tokens of their relative squared errors. Added up in float64."""
+    error = tokens = 0.0
     with all_folded(layers):
         for batch, target in zip(batches, targets, strict=True):
-            wanted = target.double()
-            error += float((run_block(block, index, batch).double() - wanted).square().sum())
-            energy += float(wanted.square().sum())
-    return error, energy
+            errors = _token_errors(run_block(block, index, batch).double(), target.double())
+            error += float(errors.sum())
+            tokens += errors.numel()
+    return error / tokens
+
+
+def _token_errors(output: Tensor, target: Tensor) -> Tensor:
+    """(windows, tokens) ‖o − t‖² / ‖t‖² for every token of (windows, tokens, hidden) output and target.
+
+    Each token counts alike, as it does behind the norm that reads it. Summed over all tokens the first one of a window
+    would be the only one: models park attention there, in hidden states thousands of times as large.
+    """
+    return (output - target).square().sum(dim=-1) / target.square().sum(dim=-1).clamp_min(_TINY)
 
 
 def _root_mean_square(weight: Tensor, mask: Tensor) -> float:

@@ -17,6 +17,7 @@ from losa_export.masks import load_masks
 from losa_export.merge import merge_run
 from losa_export.text import load_tokenizer, read_documents, token_windows
 from losa_export.training import train as train_module
+from losa_export.training.adapter import all_folded
 from losa_export.training.calibration import BlockBatch, capture_block_inputs, input_grams, run_block
 from losa_export.training.config import Dtype, TrainConfig
 from losa_export.training.journal import read_journal
@@ -121,6 +122,24 @@ def test_the_fit_never_raises_the_error_even_at_a_rate_that_destroys(tiny_config
     result = reconstruct_block(block, 0, layers, batches, targets, wild, (0,))
     assert result.error_after == result.error_before > 0.0
     assert all(torch.equal(layer.weight, before[name]) for name, layer in layers.items())
+
+
+def test_a_token_of_huge_states_does_not_decide_alone(tiny_config: ConfigMaker) -> None:
+    adapted = load_adapted_model(tiny_config(), "fp32")
+    batches, targets = pruned_block(adapted)
+    block, layers = adapted.blocks[0], adapted.layers_of(0)
+    # as in real models, where the first token collects attention that has nowhere else to go
+    targets = [torch.cat([1000.0 * target[:, :1], target[:, 1:]], dim=1) for target in targets]
+
+    def error_of_others() -> float:
+        with all_folded(layers):
+            outputs = [run_block(block, 0, batch) for batch in batches]
+        pairs = zip(outputs, targets, strict=True)
+        return sum(float((output - target)[:, 1:].square().sum()) for output, target in pairs)
+
+    before = error_of_others()
+    reconstruct_block(block, 0, layers, batches, targets, SETTINGS, (0,))
+    assert error_of_others() < 0.6 * before
 
 
 def test_a_block_that_answers_its_target_is_left_alone(tiny_config: ConfigMaker) -> None:
