@@ -91,9 +91,10 @@ print(json.dumps({"runs": runs, "points": points, "seconds": seconds}))
 
 @pytest.fixture
 def recommended(tiny_config: Callable[..., TrainConfig]) -> TrainConfig:
-    """The preset, with everything that takes long cut down."""
+    """The preset, with everything that takes long cut down, and with allocators that have something to remember."""
     small: dict[str, Any] = {
-        "rounds": 3,
+        "sparsity_allocator": "linear",
+        "rank_allocator": "water_filling",
         "rank": 2,
         "rank_growth": 0.25,
         "max_rank": 4,
