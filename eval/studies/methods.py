@@ -18,7 +18,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from losa_export.eval.studies.methods_cell import (
     CellTask,
     EvaluationText,
     InterruptedCellError,
+    Study,
     file_label,
     identity,
     run_cell,
@@ -57,47 +58,21 @@ _PRELOADED = (
 )
 
 
-@dataclass(frozen=True)
-class Study:
-    """A matrix of cells at one budget.
-
-    Attributes:
-        name: of the model, for the page.
-        budget: what all methods get alike.
-        texts: what cells are judged on.
-        work: folder of results and runs.
-        threads: of PyTorch, in each cell.
-        identity: hashes of model and texts.
-        show_progress: report on standard error what a cell does.
-    """
-
-    name: str
-    budget: Budget
-    texts: tuple[EvaluationText, ...]
-    work: Path
-    threads: int
-    identity: Mapping[str, str]
-    show_progress: bool = True
-
-    def task(self, cell: Cell) -> CellTask:
-        """What a cell needs to know."""
-        return CellTask(cell, self.budget, self.texts, self.work, self.threads, self.identity, self.show_progress)
-
-    def results(self) -> list[dict[str, Any]]:
-        """All results in the work folder that have this study's budget, texts and present methods."""
-        found = []
-        for path in sorted((self.work / "cells").glob("*.json")):
-            try:
-                record = json.loads(path.read_text(encoding="utf-8"))
-                cell = Cell(record["method"], record["sparsity"], record["seed"])
-            except (ValueError, KeyError, TypeError, LosaError):
-                continue  # damaged, or of a method that is no more: it is made again where it is wanted
-            record = self.task(cell).finished()
-            if record is not None:
-                found.append(record)
-        places = {name: place for place, name in enumerate(METHODS)}
-        sparsities = ordered_sparsities(found)
-        return sorted(found, key=lambda r: (places[r["method"]], sparsities.index(r["sparsity"]), r["seed"]))
+def results(study: Study) -> list[dict[str, Any]]:
+    """All results in the work folder that have the study's budget, texts and present methods."""
+    found = []
+    for path in sorted((study.work / "cells").glob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            cell = Cell(record["method"], record["sparsity"], record["seed"])
+        except (ValueError, KeyError, TypeError, LosaError):
+            continue  # damaged, or of a method that is no more: it is made again where it is wanted
+        record = study.task(cell).finished()
+        if record is not None:
+            found.append(record)
+    places = {name: place for place, name in enumerate(METHODS)}
+    sparsities = ordered_sparsities(found)
+    return sorted(found, key=lambda r: (places[r["method"]], sparsities.index(r["sparsity"]), r["seed"]))
 
 
 def run_study(study: Study, cells: Sequence[Cell]) -> dict[str, str]:
@@ -171,7 +146,7 @@ def document(study: Study, failed: Mapping[str, str], command: str) -> dict[str,
     `settings` has the runs' settings of each method once, without sparsity, pattern and seed; of LoRA that is pruned
     afterwards there are two, the tuning's and the pruning's. `cells` has the fields that `run_cell` writes.
     """
-    records = study.results()
+    records = results(study)
     own = ("sparsity_fraction", "pattern", "seed")
     settings = {
         record["method"]: [

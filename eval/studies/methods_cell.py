@@ -78,20 +78,20 @@ class EvaluationText:
 
 
 @dataclass(frozen=True)
-class CellTask:
-    """All that a cell needs to know.
+class Study:
+    """A matrix of cells at one budget.
 
     Attributes:
-        cell: which.
-        budget: what all get alike.
-        texts: what it is judged on.
-        work: folder of the study: `cells/` with results, `runs/` with what is under way.
-        threads: of PyTorch.
+        name: of the model, for the page.
+        budget: what all methods get alike.
+        texts: what cells are judged on.
+        work: `cells/` with results, `runs/` with what is under way.
+        threads: of PyTorch, in each cell.
         identity: hashes of model and texts.
-        show_progress: report on standard error.
+        show_progress: report on standard error what a cell does.
     """
 
-    cell: Cell
+    name: str
     budget: Budget
     texts: tuple[EvaluationText, ...]
     work: Path
@@ -99,22 +99,39 @@ class CellTask:
     identity: Mapping[str, str]
     show_progress: bool = True
 
+    def task(self, cell: Cell) -> CellTask:
+        """What a cell needs to know."""
+        return CellTask(cell, self)
+
+
+@dataclass(frozen=True)
+class CellTask:
+    """All that a cell needs to know.
+
+    Attributes:
+        cell: which.
+        study: what it belongs to.
+    """
+
+    cell: Cell
+    study: Study
+
     @property
     def result_file(self) -> Path:
         """Where the result lies once the cell is finished."""
-        return self.work / "cells" / f"{self.cell.name}.json"
+        return self.study.work / "cells" / f"{self.cell.name}.json"
 
     def recipe(self) -> dict[str, Any]:
         """All that the result depends on; another recipe is another result."""
-        method, nowhere = METHODS[self.cell.method], self.work
-        configs = [train_config(self.cell, self.budget, nowhere)]
+        method, nowhere = METHODS[self.cell.method], self.study.work
+        configs = [train_config(self.cell, self.study.budget, nowhere)]
         if method.procedure == "tune, then prune":
-            configs.insert(0, plain_lora_config(self.cell, self.budget, nowhere))
+            configs.insert(0, plain_lora_config(self.cell, self.study.budget, nowhere))
         return {
             "procedure": method.procedure,
             "runs": [comparable(config) for config in configs],
-            "texts": [{"name": text.name, **asdict(replace(text, path=Path()))} for text in self.texts],
-            "inputs": dict(self.identity),
+            "texts": [{"name": text.name, **asdict(replace(text, path=Path()))} for text in self.study.texts],
+            "inputs": dict(self.study.identity),
         }
 
     def finished(self) -> dict[str, Any] | None:
@@ -133,14 +150,14 @@ def run_cell(task: CellTask) -> dict[str, Any]:
     """
     import torch
 
-    torch.set_num_threads(task.threads)
+    torch.set_num_threads(task.study.threads)
     cell, recipe = task.cell, task.recipe()
-    folder = task.work / "runs" / cell.name
-    budget, results = task.budget, []
+    folder = task.study.work / "runs" / cell.name
+    budget, results = task.study.budget, []
     if METHODS[cell.method].procedure == "tune, then prune":
         lora, result = _plain_lora(task, recipe["runs"][0])
         budget, results = replace(budget, model=lora), [result]
-    results.append(_complete(train_config(cell, budget, folder / "run"), task.show_progress))
+    results.append(_complete(train_config(cell, budget, folder / "run"), task.study.show_progress))
     merged = folder / "merged"
     merge_run(folder / "run", merged, overwrite=True)
     rounds = [record for result in results for record in result.rounds]
@@ -159,7 +176,7 @@ def run_cell(task: CellTask) -> dict[str, Any]:
         "tune_seconds": sum(entry.tune_seconds for entry in rounds),
         "peak_memory_bytes": max(entry.peak_memory_bytes for entry in rounds),
         "evaluation": _evaluate(task, merged),
-        "threads": task.threads,
+        "threads": task.study.threads,
         "git_revision": git_revision(Path(__file__)),
         "packages": package_versions(),
         "recipe": _plain(recipe),
@@ -172,9 +189,9 @@ def run_cell(task: CellTask) -> dict[str, Any]:
 
 def _plain_lora(task: CellTask, settings: Mapping[str, Any]) -> tuple[Path, TrainResult]:
     """The merged model of LoRA without masks, and its run: made once for all sparsities of a seed."""
-    key = hashlib.sha256(json.dumps([settings, dict(task.identity)], sort_keys=True).encode()).hexdigest()[:12]
-    folder = task.work / "runs" / f"plain-lora-{task.cell.seed}-{key}"
-    result = _complete(plain_lora_config(task.cell, task.budget, folder / "run"), task.show_progress)
+    key = hashlib.sha256(json.dumps([settings, dict(task.study.identity)], sort_keys=True).encode()).hexdigest()[:12]
+    folder = task.study.work / "runs" / f"plain-lora-{task.cell.seed}-{key}"
+    result = _complete(plain_lora_config(task.cell, task.study.budget, folder / "run"), task.study.show_progress)
     if not (folder / "merged").is_dir():
         merge_run(folder / "run", folder / "merged")
     return folder / "merged", result
@@ -201,13 +218,13 @@ def _complete(config: TrainConfig, show_progress: bool) -> TrainResult:
 def _evaluate(task: CellTask, merged: Path) -> dict[str, Any]:
     """Text name → figures of the merged model beside the dense one, in float32."""
     with (
-        closing(TorchRuntime.load(task.budget.model, threads=task.threads)) as dense,
-        closing(TorchRuntime.load(merged, threads=task.threads)) as sparse,
+        closing(TorchRuntime.load(task.study.budget.model, threads=task.study.threads)) as dense,
+        closing(TorchRuntime.load(merged, threads=task.study.threads)) as sparse,
     ):
         found = {}
-        for text in task.texts:
-            windows = text.cut(task.budget.model)
-            exact, ours = fidelity([dense, sparse], windows, show_progress=task.show_progress)
+        for text in task.study.texts:
+            windows = text.cut(task.study.budget.model)
+            exact, ours = fidelity([dense, sparse], windows, show_progress=task.study.show_progress)
             found[text.name] = {
                 "windows": len(windows),
                 "window": text.window,

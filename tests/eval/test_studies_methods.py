@@ -19,8 +19,8 @@ import pytest
 
 from losa_export.errors import CheckpointError, ConfigError
 from losa_export.eval.studies import methods, methods_cell
-from losa_export.eval.studies.methods import Study, document, main, run_study, write_page
-from losa_export.eval.studies.methods_cell import CellTask, EvaluationText, identity, run_cell
+from losa_export.eval.studies.methods import document, main, results, run_study, write_page
+from losa_export.eval.studies.methods_cell import CellTask, EvaluationText, Study, identity, run_cell
 from losa_export.eval.studies.methods_page import (
     ALL,
     ComponentVerdict,
@@ -167,7 +167,7 @@ def test_another_budget_or_text_makes_a_result_void(study: Study) -> None:
         dataclasses.replace(study, identity={**study.identity, "weights": "0"}),
     )
     assert [other.task(cell).finished() for other in others] == [None] * 3
-    assert others[0].results() == []
+    assert results(others[0]) == []
 
 
 def test_a_setting_that_came_later_voids_results_only_if_it_is_used(study: Study) -> None:
