@@ -363,6 +363,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_setting(
         tuning, "--dtype", "dtype", str, "TYPE", "fp32 or bf16 frozen weights; adapters are fp32 (default: fp32)"
     )
+    _add_setting(
+        tuning,
+        "--compute",
+        "compute",
+        str,
+        "TYPE",
+        "fp32, bf16 or auto activations and products; auto is bf16 where base and processor are too (default: auto)",
+    )
     _add_setting(tuning, "--device", "device", str, "NAME", "auto, cpu or cuda (default: auto)")
     _add_setting(tuning, "--seed", "seed", int, "N", "default: 0")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the output folder")

@@ -14,15 +14,13 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from losa_export.layout import layout_of
 from losa_export.training.adapter import MaskedLoRALinear
 
-# Rows of logits alive at once: 256 × 49,152 float32 is 50 MB, where a batch of 1,024 tokens would need three
-# times 200 MB (logits, softmax, gradient). With a teacher there are two such matrices.
-_CHUNK_ROWS = 256
+# Rows of logits alive at once: few enough for a processor's caches, enough for matrix products at full speed.
+_CHUNK_ROWS = 128
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -41,36 +39,32 @@ class _FrozenHeadLoss(torch.autograd.Function):
         kl_weight: float,
         count: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = hidden.shape[0]
+        rows, exact = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
         surprise = torch.zeros((), dtype=torch.float64, device=hidden.device)
         divergence = torch.zeros_like(surprise)
-        divisor = count.to(torch.promote_types(hidden.dtype, torch.float32))
+        divisor = count.to(exact)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        chunk = _Chunk(min(rows, _CHUNK_ROWS), head)
         for start in range(0, rows, _CHUNK_ROWS):
-            part = slice(start, start + _CHUNK_ROWS)
-            logits = _logits(hidden[part], head)
-            log_sum = logits.logsumexp(dim=1, keepdim=True)
+            part = slice(start, min(start + _CHUNK_ROWS, rows))
             wanted = targets[part].unsqueeze(1)
-            surprise += (log_sum - logits.gather(1, wanted)).sum(dtype=torch.float64)
-            expected = None
+            log_chosen = chunk.log_probabilities(hidden[part], 0)
+            surprise -= log_chosen.gather(1, wanted).sum(dtype=torch.float64)
             if teacher is not None:
-                log_expected = _logits(teacher[part], head)
-                log_expected -= log_expected.logsumexp(dim=1, keepdim=True)
-                expected = log_expected.exp()
-                log_expected += log_sum
-                log_expected -= logits
-                divergence += log_expected.mul_(expected).sum(dtype=torch.float64)
+                log_expected = chunk.log_probabilities(teacher[part], 1)
+                expected = torch.exp(log_expected, out=chunk.spare(log_expected))
+                divergence += log_expected.sub_(log_chosen).mul_(expected).sum(dim=1).sum(dtype=torch.float64)
             if grad is not None:
-                probabilities = logits.sub_(log_sum).exp_()
-                if expected is not None:
+                probabilities = log_chosen.exp_()
+                if teacher is not None:
                     probabilities.mul_(1.0 + kl_weight).sub_(expected, alpha=kl_weight)
-                probabilities.scatter_add_(1, wanted, torch.full_like(log_sum, -1.0))
-                grad[part] = (probabilities.to(head.dtype) @ head).div_(divisor)
+                probabilities.scatter_add_(1, wanted, probabilities.new_full(wanted.shape, -1.0))
+                grad[part] = (chunk.in_head_dtype(probabilities) @ head).div_(divisor)
         ctx.save_for_backward(grad)
         surprise, divergence = surprise / count, divergence / count
-        parts = surprise.to(divisor.dtype), divergence.to(divisor.dtype)
+        parts = surprise.to(exact), divergence.to(exact)
         ctx.mark_non_differentiable(*parts)
-        return (surprise + kl_weight * divergence).to(divisor.dtype), *parts
+        return (surprise + kl_weight * divergence).to(exact), *parts
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -79,8 +73,34 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return grad * grad_output.to(grad.dtype), None, None, None, None, None
 
 
-def _logits(hidden: Tensor, head: Tensor) -> Tensor:
-    return functional.linear(hidden, head).to(torch.promote_types(hidden.dtype, torch.float32))
+class _Chunk:
+    """Room for some rows of logits that serves all chunks: fresh memory for each costs more time than the arithmetic.
+
+    Args:
+        rows: at most so many at once.
+        head: (vocabulary, hidden) output embedding.
+    """
+
+    def __init__(self, rows: int, head: Tensor) -> None:
+        exact = torch.promote_types(head.dtype, torch.float32)
+        self._head = head
+        self._product = torch.empty(rows, head.shape[0], dtype=head.dtype, device=head.device)
+        self._exact = [torch.empty(rows, head.shape[0], dtype=exact, device=head.device) for _ in range(3)]
+
+    def log_probabilities(self, hidden: Tensor, place: int) -> Tensor:
+        """(rows, vocabulary) of softmax(h Wᵀ), float32 or better, from (rows, hidden), in room `place`, 0 or 1."""
+        rows = hidden.shape[0]
+        product = torch.mm(hidden, self._head.T, out=self._product[:rows])
+        logits = self._exact[2][:rows].copy_(product)
+        return torch.log_softmax(logits, dim=1, out=self._exact[place][:rows])
+
+    def spare(self, like: Tensor) -> Tensor:
+        """Room of the shape of `like`; the next `log_probabilities` take it."""
+        return self._exact[2][: like.shape[0]]
+
+    def in_head_dtype(self, values: Tensor) -> Tensor:
+        """`values`, (rows, vocabulary), in the dtype of the output embedding."""
+        return self._product[: values.shape[0]].copy_(values)
 
 
 Value = TypeVar("Value")

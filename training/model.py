@@ -18,6 +18,7 @@ from losa_export.errors import CheckpointError, ConfigError
 from losa_export.layout import Layout, layout_of
 from losa_export.masks import BoolArray
 from losa_export.streamed import load_outline
+from losa_export.training import attention
 from losa_export.training.adapter import MaskedLoRALinear
 from losa_export.training.allocation import FloatVector
 from losa_export.training.config import Compute, Device, Dtype, TrainConfig
@@ -138,7 +139,7 @@ def load_adapted_model(config: TrainConfig, compute: Dtype, *, parking: Path | N
     compute_dtype = _TORCH_DTYPES[compute]
     try:
         with _quiet():
-            model = _load(config.model, compute_dtype, outline=parking is not None)
+            model = _load(config, compute_dtype, outline=parking is not None)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"transformers cannot load the checkpoint '{config.model}': {error}; save it again", path=config.model
@@ -153,12 +154,15 @@ def load_adapted_model(config: TrainConfig, compute: Dtype, *, parking: Path | N
     return replace(adapted, store=WeightStore(open_checkpoint(config.model), convert, parking))
 
 
-def _load(folder: Path, dtype: torch.dtype, *, outline: bool) -> nn.Module:
+def _load(config: TrainConfig, dtype: torch.dtype, *, outline: bool) -> nn.Module:
+    implementation = attention.register() if attention.helps(dtype, choose_device(config.device)) else "sdpa"
     if outline:
-        return load_outline(folder, dtype, "sdpa")
+        return load_outline(config.model, dtype, implementation)
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model, dtype=dtype, attn_implementation=implementation, local_files_only=True
+    )
     return cast(nn.Module, model)
 
 

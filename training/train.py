@@ -31,6 +31,7 @@ from losa_export.training.allocation import (
     ask_ranks,
 )
 from losa_export.training.config import CONFIG_FILE, TrainConfig, to_table, write_toml
+from losa_export.training.heap import keep_freed_memory
 from losa_export.training.journal import JOURNAL_FILE, RoundRecord, write_journal
 from losa_export.training.loop import Tuner, TuningData
 from losa_export.training.loss import Losses
@@ -266,6 +267,8 @@ class _Session:
         return self.config.steps == 0 and self.accelerator.num_processes == 1
 
     def _go_through(self, tensors: dict[str, Tensor], stop: StopRequest) -> None:
+        if not self._streams():
+            keep_freed_memory()
         self.adapted.model.to(self.accelerator.device)
         data = TuningData(self.inputs.tuning, self.config.batch_size, self.config.seed)
         self.tuner = Tuner(self.adapted, data, self.config, self.accelerator)

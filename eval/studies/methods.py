@@ -229,6 +229,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         flag, default = f"--{field.replace('_', '-')}", getattr(Budget, field)
         parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    parser.add_argument(
+        "--minutes", type=float, metavar="N", help="wall time of each run, pruning included, in place of --steps"
+    )
     parser.add_argument("--compute", metavar="TYPE", help="fp32, bf16 or auto for all (default: as each method says)")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="where to train (default: cpu)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME", help="default: all")
@@ -256,11 +259,14 @@ def _study(options: argparse.Namespace) -> Study:
         raise ConfigError("there is no text to judge by; give --text or --wikitext", field="text")
     for text in texts:
         text.cut(options.model)  # too short a text shows before the first hour, not after it
-    fields = ("steps", "batch_size", "window", "calibration_windows", "calibration_window", "rank", "compute", "device")
+    fields = ("batch_size", "window", "calibration_windows", "calibration_window", "rank", "compute", "device")
+    timed = options.minutes is not None
     budget = Budget(
         model=options.model.resolve(),
         tuning_text=tuple(path.resolve() for path in options.tune),
         calibration_text=tuple(path.resolve() for path in options.calibration),
+        steps=None if timed else options.steps,
+        time_budget_seconds=60.0 * options.minutes if timed else None,
         **{field: getattr(options, field) for field in fields},
     )
     files = [*options.tune, *options.calibration, *(text.path for text in texts)]

@@ -12,6 +12,7 @@ import numpy as np
 
 from losa_export.eval.stats import mean_interval
 from losa_export.eval.studies.methods_table import COMPONENTS, METHODS, Component, parse_sparsity
+from losa_export.progress import duration
 
 Record = Mapping[str, Any]
 ALL = "all"
@@ -119,10 +120,10 @@ def page(documents: Sequence[Record]) -> str:
 
 
 _INTRODUCTION = (
-    "Every method gets the same tokens to tune on, the same windows to calibrate on, and adapters of the same mean "
-    "rank in the last round. Figures are mean ± standard deviation over seeds. In brackets is the share of the gap "
-    "in log-perplexity between one-shot Wanda and the dense model that a method closes: 100 % is the dense model's "
-    "perplexity.",
+    "Within a section every method gets the same tokens to tune on, or the same time where the section says so, the "
+    "same windows to calibrate on, and adapters of the same mean rank in the last round. Figures are mean ± standard "
+    "deviation over seeds. In brackets is the share of the gap in log-perplexity between one-shot Wanda and the dense "
+    "model that a method closes: 100 % is the dense model's perplexity.",
 )
 _SCALED = (
     "The presets keep their own rounds, allocators, losses, learning rates and schedules. Scaled to the common "
@@ -143,13 +144,12 @@ def _section(document: Record) -> list[str]:
     sparsities = ordered_sparsities(cells)
     names = [name for name in METHODS if any(cell["method"] == name for cell in cells)]
     seeds = sorted({cell["seed"] for cell in cells})
-    tokens = budget["steps"] * budget["batch_size"] * budget["window"]
     lines = [
         f"## {document['model']}",
         "",
-        f"{budget['steps']} steps of {budget['batch_size']} windows of {budget['window']} tokens ({tokens:,} tokens) "
-        f"of {', '.join(document['tuning_text'])}; {budget['calibration_windows']} calibration windows of "
-        f"{budget['calibration_window']} of {', '.join(document['calibration_text'])}; mean rank {budget['rank']} at "
+        f"{_extent(budget)} of {', '.join(document['tuning_text'])}; "
+        f"{budget['calibration_windows']} calibration windows of {budget['calibration_window']} of "
+        f"{', '.join(document['calibration_text'])}; mean rank {budget['rank']} at "
         f"the end; seeds {', '.join(map(str, seeds))}; PyTorch threads: {document['threads']}.",
         "",
         "```",
@@ -164,6 +164,15 @@ def _section(document: Record) -> list[str]:
     for text in document["texts"]:
         lines += ["", *_quality(text, cells, names, sparsities), "", *_components(text, cells, sparsities)]
     return [*lines, "", *_costs(cells, names)]
+
+
+def _extent(budget: Record) -> str:
+    """How much every method is tuned."""
+    step = f"{budget['batch_size']} windows of {budget['window']} tokens"
+    if budget["steps"] is None:
+        return f"{duration(budget['time_budget_seconds'])} for pruning and tuning together, in steps of {step}"
+    tokens = budget["steps"] * budget["batch_size"] * budget["window"]
+    return f"{budget['steps']} steps of {step} ({tokens:,} tokens)"
 
 
 def _quality(text: str, cells: Sequence[Record], names: Sequence[str], sparsities: Sequence[str]) -> list[str]:

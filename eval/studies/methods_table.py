@@ -97,7 +97,9 @@ class Budget:
         model: dense checkpoint.
         tuning_text: as of `TrainConfig`.
         calibration_text: likewise.
-        steps: optimizer steps of every method that tunes.
+        steps: optimizer steps of every method that tunes; None with a time budget alone.
+        time_budget_seconds: wall time of a run, pruning and tuning together; None is no limit. Methods then have equal
+            time rather than equal tokens.
         batch_size: windows in a step.
         window: tokens in one.
         calibration_windows: of every method.
@@ -110,7 +112,8 @@ class Budget:
     model: Path
     tuning_text: tuple[Path, ...]
     calibration_text: tuple[Path, ...] = ()
-    steps: int = 400
+    steps: int | None = 400
+    time_budget_seconds: float | None = None
     batch_size: int = 4
     window: int = 256
     calibration_windows: int = 64
@@ -198,6 +201,7 @@ def _tuning_config(method: Method, budget: Budget, output: Path) -> TrainConfig:
         "tuning_text": budget.tuning_text,
         "calibration_text": budget.calibration_text,
         "steps": budget.steps,
+        "time_budget_seconds": budget.time_budget_seconds,
         "batch_size": budget.batch_size,
         "window": budget.window,
         "calibration_windows": budget.calibration_windows,

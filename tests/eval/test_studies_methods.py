@@ -84,6 +84,13 @@ def test_every_method_gets_the_same_tokens_windows_and_final_rank(budget: Budget
     assert (configs[0].sparsity_fraction, configs[0].pattern) == parse_sparsity(sparsity)
 
 
+def test_a_time_budget_takes_the_place_of_steps(budget: Budget) -> None:
+    timed = dataclasses.replace(budget, steps=None, time_budget_seconds=90.0)
+    tuned, pruned = (train_config(Cell(name, "60%", 0), timed, Path("run")) for name in ("recommended", "wanda"))
+    assert (tuned.steps, tuned.time_budget_seconds) == (None, 90.0)
+    assert (pruned.steps, pruned.time_budget_seconds) == (0, None)
+
+
 def test_presets_keep_what_makes_them_themselves(budget: Budget) -> None:
     faithful = train_config(Cell("faithful", "70%", 0), budget, Path("run"))
     assert (faithful.rounds, faithful.learning_rate, faithful.adapter_dropout) == (5, 2e-4, 0.1)
@@ -303,6 +310,19 @@ def test_the_command_survives_ctrl_c_and_ends_in_a_page(tiny_checkpoint: Path, t
     (pages / "methods.md").unlink()
     assert main(["--page", str(pages)]) == 0
     assert (pages / "methods.md").read_text() == text
+
+
+def test_the_command_takes_minutes_in_place_of_steps(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
+    words = [str(tiny_checkpoint), "--name", "timed", "--tune", str(tiny_text), "--text", str(tiny_text)]
+    words += ["--minutes", "0.05", "--batch-size", "2", "--window", "16", "--calibration-windows", "8"]
+    words += ["--calibration-window", "16", "--rank", "4", "--text-window", "32", "--text-windows", "2", "--quiet"]
+    words += ["--methods", "masked-lora", "--sparsities", "50%", "--seeds", "0", "-o", str(tmp_path / "work")]
+    assert main([*words, "--page", str(tmp_path)]) == 0
+    assert "3 s for pruning and tuning together, in steps of 2 windows of 16 tokens" in (
+        tmp_path / "methods.md"
+    ).read_text(encoding="utf-8")
+    (record,) = json.loads((tmp_path / "methods-timed.json").read_text(encoding="utf-8"))["cells"]
+    assert record["tokens"] == record["steps"] * 32 > 0
 
 
 @pytest.mark.parametrize(
