@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from losa_export.eval.bench import AnswerOption, BenchConfig
 
 # The same file on another engine. A checkpoint in torch has no second opinion: it is the definition.
-SECOND_ENGINE: dict[RuntimeName, RuntimeName] = {"ort": "ort-stock", "ort-stock": "ort"}
+SECOND_ENGINE: dict[RuntimeName, RuntimeName] = {"ort": "ort-stock", "ort-stock": "ort", "deepsparse": "ort-stock"}
 
 
 def choose_mode(option: AnswerOption, candidate: Path, baseline: Path) -> tuple[AnswerMode, str]:

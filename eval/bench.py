@@ -37,6 +37,7 @@ from losa_export.eval.worker import Loaded, MemoryUse, RawSample
 from losa_export.files import input_folder, sha256_of
 from losa_export.progress import Progress
 from losa_export.runtimes.base import RUNTIME_NAMES, RuntimeName
+from losa_export.runtimes.isolated import ENGINES
 from losa_export.runtimes.threads import resolve_threads
 
 ORDER: tuple[Side, ...] = ("candidate", "baseline", "baseline", "candidate")
@@ -46,7 +47,8 @@ _IDLE_LIMIT = 0.05
 _INTERIM_RESAMPLES = 1000
 
 AnswerOption = Literal["auto", "same", "own"]
-Launch = Callable[[str], Engine]
+# Makes the engine for a label that runs a runtime.
+Launch = Callable[[str, RuntimeName], Engine]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class BenchConfig:
     Attributes:
         candidate: folder of the model under test.
         baseline: folder of the model it is compared with.
-        candidate_runtime, baseline_runtime: 'ort', 'ort-stock' or 'torch'.
+        candidate_runtime, baseline_runtime: of `RUNTIME_NAMES`.
         threads: compute threads of each engine; None: what the machine offers.
         prompt_tokens: tokens prefilled in each generation.
         new_tokens: tokens then decoded.
@@ -153,7 +155,8 @@ def bench(config: BenchConfig, *, launch: Launch | None = None, show_progress: b
 
     Args:
         config: see `BenchConfig`.
-        launch: makes the engine for a label; None starts a child process for each.
+        launch: makes the engine for a label and runtime; None starts a child process for each, in the runtime's own
+            environment if it has one.
         show_progress: False for silence on stderr.
 
     Returns: the report; write it with `.write(path)`, show it with `report.print_bench`.
@@ -165,7 +168,9 @@ def bench(config: BenchConfig, *, launch: Launch | None = None, show_progress: b
         RuntimeFailureError: an engine died or hung; its last output is in the message.
     """
     threads = resolve_threads(config.threads)
-    start: Launch = launch or (lambda label: EngineProcess(label, timeout_s=config.timeout_s))
+    start: Launch = launch or (
+        lambda label, name: EngineProcess(label, timeout_s=config.timeout_s, engine=ENGINES.get(name))
+    )
     machine = machine_record()
     files = {side: file_records(input_folder(config.folder(side), what=side)) for side in SIDES}
     with ExitStack() as stack:
@@ -175,7 +180,7 @@ def bench(config: BenchConfig, *, launch: Launch | None = None, show_progress: b
             for repeat in range(config.load_samples):
                 last = repeat == config.load_samples - 1
                 for side in SIDES if repeat % 2 == 0 else SIDES[::-1]:
-                    engine = start(config.label(side))
+                    engine = start(config.label(side), config.runtime(side))
                     stack.callback(engine.close)
                     loads[side].append(_load(engine, config, side, threads))
                     if last:
@@ -189,7 +194,7 @@ def bench(config: BenchConfig, *, launch: Launch | None = None, show_progress: b
         _check_vocabularies(config, loaded, mode)
 
         def another(side: Side, name: RuntimeName) -> Engine:
-            engine = start(f"'{config.folder(side).name}' in {name}, to check {config.label(side)}")
+            engine = start(f"'{config.folder(side).name}' in {name}, to check {config.label(side)}", name)
             stack.callback(engine.close)
             engine.call("load", name=name, folder=config.folder(side), threads=threads)
             return engine

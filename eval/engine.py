@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self
 
 from losa_export import errors
 from losa_export.errors import LosaError, RuntimeFailureError
+from losa_export.runtimes.isolated import IsolatedEngine, borrowing
 
 # Not `-m`: that would import the module twice, once as __main__.
 WORKER_PROGRAM = "from losa_export.eval.worker import main; main()"
@@ -38,17 +39,32 @@ class EngineProcess:
         label: how messages call it, for example "the candidate (ort)".
         timeout_s: longest time one command may take.
         program: Python source the child runs.
+        engine: whose environment the child runs in; None is ours.
+    Raises: EngineUnavailableError if that engine is not installed.
     """
 
-    def __init__(self, label: str, *, timeout_s: float, program: str = WORKER_PROGRAM) -> None:
+    def __init__(
+        self,
+        label: str,
+        *,
+        timeout_s: float,
+        program: str = WORKER_PROGRAM,
+        engine: IsolatedEngine | None = None,
+    ) -> None:
         self.label = label
+        if engine is None:
+            command, environment = [sys.executable, "-P", "-c", program], None
+        else:
+            command = [str(engine.interpreter), "-I", "-c", borrowing(program)]
+            environment = engine.process_environment()
         self._timeout_s = timeout_s
         self._connection, theirs = Pipe()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
         try:
             # A session of its own: Ctrl-C reaches the parent alone, which then ends the child.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", program, str(theirs.fileno())],
+                [*command, str(theirs.fileno())],
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,

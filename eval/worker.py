@@ -36,6 +36,7 @@ _MODULES = {
     "ort": "losa_export.runtimes.ort",
     "ort-stock": "losa_export.runtimes.ort",
     "torch": "losa_export.runtimes.torch_cpu",
+    "deepsparse": "losa_export.runtimes.deepsparse",
 }
 # About 2 ms of pure arithmetic: long enough that the clock's grain is nothing, short beside a sample.
 _PROBE_ITERATIONS = 4000

@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         ("export", "write one ONNX model: merged/ → onnx/", _add_export),
         ("bench", "measure an exported model against a dense one; 'losa bench kernels': single products", _add_bench),
         ("doctor", "examine this CPU: which sparsity pays, with which values", _add_doctor),
+        ("runtimes", "list, install or remove engines that need an environment of their own", _add_runtimes),
         ("generate", "continue a text with an exported model", _add_generate),
     ):
         add(verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + "."))
@@ -492,10 +493,10 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("onnx",), default="onnx", help="default: %(default)s")
     parser.add_argument(
         "--profile",
-        choices=("auto", "ort", "standard"),
+        choices=("auto", "ort", "standard", "deepsparse"),
         default="auto",
-        help="'ort' uses ONNX Runtime's own operators and is"
-        " faster; 'standard' uses those of ONNX alone (default: ort where our builder writes the graph)",
+        help="'ort' uses ONNX Runtime's own operators and is faster; 'standard' uses those of ONNX alone;"
+        " 'deepsparse' is for that engine (default: ort where our builder writes the graph)",
     )
     parser.add_argument(
         "--exporter",
@@ -583,7 +584,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("candidate", type=Path, metavar="ONNX", help="exported folder to measure")
     parser.add_argument("--against", type=Path, required=True, metavar="DIR", help="exported folder to compare with")
-    runtimes = ("ort", "ort-stock", "torch")
+    runtimes = ("ort", "ort-stock", "torch", "deepsparse")
     parser.add_argument("--runtime", choices=runtimes, default="ort", help="of the candidate (default: %(default)s)")
     parser.add_argument(
         "--against-runtime", choices=runtimes, default="ort-stock", help="of the other (default: %(default)s)"
@@ -719,6 +720,58 @@ def _doctor(arguments: argparse.Namespace) -> int:
     print_doctor(report.as_dict())
     if report.missing is not None:
         raise report.missing
+    return 0
+
+
+# ---- runtimes -----------------------------------------------------------------------------------------------------
+
+
+def _add_runtimes(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="what there is, and what is installed")
+    listing.set_defaults(command=_list_runtimes)
+    for name, command, text in (
+        ("install", _install_runtime, "make an engine's environment in the cache folder"),
+        ("remove", _remove_runtime, "take it away"),
+    ):
+        action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        action.add_argument("name", metavar="NAME", help="of the engine, as 'losa runtimes list' has it")
+        action.set_defaults(command=command)
+
+
+def _list_runtimes(_: argparse.Namespace) -> int:
+    from losa_export.runtimes.environments import engine_states
+
+    for name, text in (
+        ("ort", "ONNX Runtime with our kernels: in this environment"),
+        ("ort-stock", "ONNX Runtime without them: in this environment"),
+        ("torch", "PyTorch, for checkpoints: in this environment (extra 'train')"),
+    ):
+        print(f"{name:<12}{text}")
+    for state in engine_states():
+        if state.installed:
+            text = f"installed, {state.bytes / 1e6:.0f} MB in {state.folder}"
+        else:
+            text = state.obstacle or f"not installed; losa runtimes install {state.name}"
+        print(f"{state.name:<12}{state.version}: {text}")
+    return 0
+
+
+def _install_runtime(arguments: argparse.Namespace) -> int:
+    from losa_export.runtimes.environments import install_engine
+    from losa_export.runtimes.isolated import isolated_engine
+
+    folder = install_engine(isolated_engine(arguments.name), say=lambda line: print(line, file=sys.stderr))
+    print(folder)
+    return 0
+
+
+def _remove_runtime(arguments: argparse.Namespace) -> int:
+    from losa_export.runtimes.environments import remove_engine
+    from losa_export.runtimes.isolated import isolated_engine
+
+    freed = remove_engine(isolated_engine(arguments.name))
+    print(f"{arguments.name}: {freed / 1e6:.0f} MB freed" if freed else f"{arguments.name}: nothing was installed")
     return 0
 
 

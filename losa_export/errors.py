@@ -18,6 +18,7 @@
     ├── MergeProofError                a merge that would wake a zero or change the function
     ├── GateError                      an exported file that answers differently from its source
     ├── KernelError                    native library missing, or a kernel row that this CPU lacks
+    ├── EngineUnavailableError         an inference engine is not installed, or cannot be here
     ├── RuntimeFailureError            an inference engine refused or failed
     └── BenchmarkError                 a measurement that would not mean anything
 
@@ -113,6 +114,10 @@ class GateError(LosaError):
 
 class KernelError(LosaError):
     """The native library is missing, or a kernel row was asked for that this CPU lacks."""
+
+
+class EngineUnavailableError(LosaError):
+    """An inference engine with an environment of its own is not installed, or cannot be on this machine."""
 
 
 class RuntimeFailureError(LosaError):

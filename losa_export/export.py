@@ -48,9 +48,10 @@ class ExportConfig:
     Attributes:
         source: checkpoint folder, sparse or dense.
         output: folder to write.
-        profile: 'ort' uses ONNX Runtime's contributed operators, 'standard' those of ONNX alone; 'auto' is 'ort' where
-            our builder writes the graph.
-        weights: 'auto' is sparse for a sparse checkpoint.
+        profile: 'ort' uses ONNX Runtime's contributed operators, 'standard' those of ONNX alone, 'deepsparse' those
+            that DeepSparse accelerates; 'auto' is 'ort' where our builder writes the graph.
+        weights: 'auto' is sparse for a sparse checkpoint, but for profile 'deepsparse', whose engine finds the zeros
+            of ordinary matrices.
         values: type of the linears' values, of the non-zeros where they are sparse.
         head: type of the head and the embedding; 'auto' is that of the values, but int8 for int4.
         group: columns that share a scale, for int8 and int4.
@@ -95,6 +96,12 @@ class ExportConfig:
                 raise ConfigError(
                     f"ExportConfig.{name} is '{value}'; choose one of {', '.join(get_args(kind))}", field=name
                 )
+        if self.profile == "deepsparse" and (self.weights == "sparse" or {self.values, self.head} - {"fp32", "auto"}):
+            raise ConfigError(
+                "ExportConfig.profile is 'deepsparse', whose engine does not know our operators: it takes dense fp32 "
+                "weights, and finds their zeros itself; leave weights, values and head out",
+                field="profile",
+            )
         if self.group not in GROUPS:
             raise ConfigError(
                 f"ExportConfig.group is {self.group}; choose one of {', '.join(map(str, GROUPS))}", field="group"
@@ -110,6 +117,13 @@ class ExportConfig:
                 f"ExportConfig.calibration_windows is {self.calibration_windows}; give 1 or more",
                 field="calibration_windows",
             )
+
+    @property
+    def chosen_weights(self) -> Literal["sparse", "dense"] | None:
+        """`weights`; None leaves it to the checkpoint."""
+        if self.weights != "auto":
+            return self.weights
+        return "dense" if self.profile == "deepsparse" else None
 
     @property
     def chosen_head(self) -> HeadChoice:
@@ -135,7 +149,7 @@ class ExportReport:
 
     output: Path
     exporter: Literal["builder", "torch"]
-    profile: Literal["ort", "standard"]
+    profile: Literal["ort", "standard", "deepsparse"]
     weights: Literal["sparse", "dense"]
     types: StoredTypes
     model_bytes: int
@@ -263,9 +277,7 @@ def _write_model(
     from losa_export.graph.sparsity import plan_sparsity
     from losa_export.graph.weights import WeightStore
 
-    plan = plan_sparsity(
-        checkpoint, exporter.source, exporter.linears, None if config.weights == "auto" else config.weights
-    )
+    plan = plan_sparsity(checkpoint, exporter.source, exporter.linears, config.chosen_weights)
     head = config.chosen_head
     settings = {"group": config.group, "activation_bits": 16 if config.activations == "int16" else 8}
     weights, linears = exporter.weight_count, sum(rows * columns for rows, columns in exporter.linears.values())

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from losa_export.tracing import TracedDecoder
 
 ExporterChoice = Literal["auto", "builder", "torch"]
-ProfileChoice = Literal["auto", "ort", "standard"]
+ProfileChoice = Literal["auto", "ort", "standard", "deepsparse"]
 
 _TORCH_PACKAGES = ("torch", "transformers", "onnxscript")
 
@@ -122,9 +122,9 @@ def read_spec(checkpoint: Checkpoint, exporter: ExporterChoice, profile: Profile
             if unknown is None:
                 raise missing
             raise MissingDependencyError(f"{unknown}. {missing}", **missing.facts) from unknown
-    if profile == "ort":
+    if profile in ("ort", "deepsparse"):
         raise ConfigError(
-            "ExportConfig.profile is 'ort', but torch.onnx writes standard operators alone; leave the profile out"
+            f"ExportConfig.profile is '{profile}', but torch.onnx writes standard operators alone; leave it out"
             + (f" ({unknown})" if unknown is not None else ""),
             field="profile",
         )
@@ -137,7 +137,7 @@ def make_exporter(checkpoint: Checkpoint, spec: DecoderSpec | None, profile: Pro
     Raises: as `losa_export.tracing.trace_decoder`.
     """
     if spec is not None:
-        return BuilderExporter(checkpoint, spec, "standard" if profile == "standard" else "ort")
+        return BuilderExporter(checkpoint, spec, "ort" if profile == "auto" else profile)
     from losa_export.graph.traced import replaceable, simplify
     from losa_export.tracing import trace_decoder
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from losa_export.errors import InputError
 
-RuntimeName = Literal["ort", "ort-stock", "torch"]
+RuntimeName = Literal["ort", "ort-stock", "torch", "deepsparse"]
 RUNTIME_NAMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 
 
@@ -25,7 +25,7 @@ class RuntimeDescription:
     """What answered, for the record beside a measurement.
 
     Attributes:
-        name: 'ort', 'ort-stock' or 'torch'.
+        name: as in RUNTIME_NAMES.
         engine: the package that computes, such as 'onnxruntime'.
         version: the version of that package.
         threads: compute threads within one operation.
@@ -76,7 +76,7 @@ class Runtime(Protocol):
     """A loaded decoder on one engine.
 
     Attributes:
-        name: 'ort', 'ort-stock' or 'torch'.
+        name: as in RUNTIME_NAMES.
         vocab_size: V, the length of a row of logits.
         max_positions: the longest sequence that the model's rotary embedding covers.
     """

@@ -12,9 +12,9 @@ def load_runtime(name: RuntimeName, folder: Path, *, threads: int | None = None)
     """Load `folder` on one engine.
 
     Args:
-        name: 'ort' (ONNX Runtime with our kernels), 'ort-stock' (the same file without them) or
-            'torch' (a Hugging Face checkpoint through transformers).
-        folder: an exported `onnx/` for the first two, a checkpoint for the last.
+        name: 'ort' (ONNX Runtime with our kernels), 'ort-stock' (the same file without them), 'torch' (a Hugging
+            Face checkpoint through transformers) or 'deepsparse' (in that engine's own environment alone).
+        folder: an exported `onnx/`, or a checkpoint for 'torch'.
         threads: compute threads within one operation; None takes what the machine offers.
 
     Raises:
@@ -24,6 +24,7 @@ def load_runtime(name: RuntimeName, folder: Path, *, threads: int | None = None)
         FormatError: when a compressed weight contradicts itself.
         KernelError: when 'ort' was asked for and the native library or the kernel row is missing.
         MissingDependencyError: when 'torch' was asked for and is not installed.
+        EngineUnavailableError: when 'deepsparse' was asked for where it cannot be imported.
         RuntimeFailureError: when the engine refuses the model for another reason.
     """
     if name in ("ort", "ort-stock"):
@@ -34,4 +35,8 @@ def load_runtime(name: RuntimeName, folder: Path, *, threads: int | None = None)
         from losa_export.runtimes.torch_cpu import TorchRuntime
 
         return TorchRuntime.load(folder, threads=threads)
+    if name == "deepsparse":
+        from losa_export.runtimes.deepsparse import DeepSparseRuntime
+
+        return DeepSparseRuntime.load(folder, threads=threads)
     raise ConfigError(f"runtime {name!r} is not known; choose one of {', '.join(RUNTIME_NAMES)}", field="runtime")

@@ -3,7 +3,7 @@
 A graph keeps its cache in one of two ways. *Shared* (profile `ort`): one buffer per block and part, allocated once
 and bound as past and present alike, in which GroupQueryAttention writes new tokens in place; rows may have
 different lengths. *Growing* (profile `standard`): it comes back longer after each call, and rows of different
-lengths are padded on the left.
+lengths are padded on the left. Profile `deepsparse` grows too, and is told who sees whom (`causal_mask`).
 """
 
 from __future__ import annotations
@@ -223,7 +223,9 @@ class OrtRuntime:
 
     def _bind_tokens(self, binding: Any, ids: Int64, positions: Int64, mask: Int64) -> list[Any]:
         """Bind the inputs that change at each call; keep what is returned until the call is over."""
-        given = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+        given = {"input_ids": ids, "position_ids": positions, "positions": positions, "attention_mask": mask}
+        if "causal_mask" in self._input_types:
+            given["causal_mask"] = causal_mask(mask, ids.shape[1])
         kept = []
         for name, array in given.items():
             if name in self._input_types:
@@ -255,6 +257,21 @@ class OrtRuntime:
         logits = self._run(binding, ids, positions, mask, what)
         # Outputs come in the order in which they were bound, with the logits last.
         return logits, list(binding.get_outputs()[: len(self.layout.outputs)])
+
+
+def causal_mask(mask: Int64, sequence: int) -> Int64:
+    """(batch, 1, sequence, total): 1 where one of the last `sequence` tokens sees a token, itself always.
+
+    Args:
+        mask: (batch, total), 1 where a token stands and not padding.
+        sequence: new tokens, which are the last ones.
+    """
+    total = mask.shape[1]
+    places = np.arange(total)
+    queries = places[total - sequence :, None]
+    visible = (places <= queries) & mask[:, None, None, :].astype(bool)
+    seen: Int64 = (visible | (places == queries)).astype(np.int64)
+    return seen
 
 
 def bind_shared(binding: Any, layout: CacheLayout, buffers: list[Float32]) -> None:

@@ -1,7 +1,7 @@
 """The decoder graph, written node by node from the specification: no tracing, no torch, no transformers.
 
-Inputs and outputs carry the Hugging Face names: input_ids, attention_mask, position_ids and
-past_key_values.N.key/value in; logits and present.N.key/value out.
+Inputs and outputs carry the Hugging Face names, but where a profile's engine wants others: input_ids, attention_mask,
+position_ids and past_key_values.N.key/value in; logits and present.N.key/value out.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ from losa_export.graph.formats import DOMAIN, DOMAIN_VERSION
 from losa_export.graph.functions import own_functions
 from losa_export.graph.nodes import NodeList
 from losa_export.graph.norms import fuse_skip_norms
-from losa_export.graph.profiles import OPSET, Inputs, LayerCache, Profile, ProfileName, rms_norm
+from losa_export.graph.profiles import OPSET, Inputs, LayerCache, Profile, ProfileName
 from losa_export.graph.weights import WeightStore
-
-# What ONNX Runtime 1.24 reads; newer readers read it too.
-IR_VERSION = 10
 
 _TOTAL = "total_sequence"
 
@@ -46,12 +43,8 @@ class DecoderBuilder:
         Returns: a model whose large initializers refer to the data file that the store writes.
         """
         spec, layout, nodes = self._spec, self._layout, self._nodes
-        inputs = Inputs(
-            input_ids=ir.val("input_ids", ir.DataType.INT64, ["batch", "sequence"]),
-            attention_mask=ir.val("attention_mask", ir.DataType.INT64, ["batch", _TOTAL]),
-            position_ids=ir.val("position_ids", ir.DataType.INT64, ["batch", "sequence"]),
-        )
-        graph_inputs = [inputs.input_ids, inputs.attention_mask, inputs.position_ids]
+        inputs = self._profile.inputs()
+        graph_inputs = inputs.values()
         x, skip = self._begin(inputs)
         presents: list[ir.Value] = []
         for layer in range(spec.num_layers):
@@ -85,7 +78,7 @@ class DecoderBuilder:
             graph.opset_imports[DOMAIN] = DOMAIN_VERSION
         return ir.Model(
             graph,
-            ir_version=IR_VERSION,
+            ir_version=self._profile.ir_version,
             producer_name="losa-export",
             producer_version=producer,
             functions=functions,
@@ -93,7 +86,7 @@ class DecoderBuilder:
         )
 
     def _cache(self, layer: int) -> LayerCache:
-        shape: list[int | str | None] = ["batch", self._spec.num_kv_heads, "past_sequence", self._spec.head_dim]
+        shape: list[int | str | None] = ["batch", self._profile.cache_heads, "past_sequence", self._spec.head_dim]
         past_key, past_value = (
             ir.val(f"past_key_values.{layer}.{part}", ir.DataType.FLOAT, shape) for part in ("key", "value")
         )
@@ -139,7 +132,7 @@ class DecoderBuilder:
         """Give a layer's new keys and values their type, as outputs of the graph must have one."""
         for present in presents:
             present.type = ir.TensorType(ir.DataType.FLOAT)
-            present.shape = ir.Shape(["batch", self._spec.num_kv_heads, _TOTAL, self._spec.head_dim])
+            present.shape = ir.Shape(["batch", self._profile.cache_heads, _TOTAL, self._spec.head_dim])
 
     def _swiglu(self, x: ir.Value, layer: int) -> ir.Value:
         """silu(gate) · up. Source: Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202."""
@@ -162,5 +155,5 @@ class DecoderBuilder:
         """RMS norm of each head by itself (Qwen3)."""
         nodes = self._nodes
         split = nodes.add("Reshape", [x, nodes.integers(0, 0, heads, self._spec.head_dim)])
-        normed = rms_norm(nodes, split, self._store.plain(weight), self._spec.norm_eps)
+        normed, _ = self._profile.add_norm(nodes, split, None, self._store.plain(weight))
         return nodes.add("Reshape", [normed, nodes.integers(0, 0, -1)])

@@ -23,7 +23,7 @@ def genai_config(
 
     Args:
         spec: sizes and tokens.
-        profile: under `ort` past and present share one buffer; under `standard` the cache grows.
+        profile: under `ort` past and present share one buffer; under others the cache grows.
         generation: the parsed generation_config.json, or nothing. Its token ids win over those of config.json,
             which often lack the token that ends a chat turn.
 

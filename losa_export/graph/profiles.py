@@ -1,7 +1,8 @@
-"""The two dialects a decoder can be written in, behind one set of building blocks.
+"""The dialects a decoder can be written in, behind one set of building blocks.
 
 `ort` uses ONNX Runtime's contributed operators: attention with rotary embedding and a KV cache that may be updated
-in place, and residual additions fused into norms. `standard` uses ONNX opset 23 alone.
+in place, and residual additions fused into norms. `standard` uses ONNX opset 23 alone. `deepsparse` has a module of
+its own.
 
 They differ in what padding they allow. Under `standard` any position may be masked, and `position_ids` say what they
 like. Under `ort` a row's tokens stand at the front (padding to the right) and the mask's row sums are the lengths,
@@ -20,21 +21,47 @@ import onnx_ir as ir
 from losa_export.architecture import DecoderSpec
 from losa_export.graph.nodes import NodeList
 
-ProfileName = Literal["ort", "standard"]
-PROFILES: tuple[ProfileName, ...] = ("ort", "standard")
+ProfileName = Literal["ort", "standard", "deepsparse"]
 
 # Attention, RotaryEmbedding and RMSNormalization are standard from 23 on; ONNX Runtime 1.24 reads it.
 OPSET = 23
+# What ONNX Runtime 1.24 reads; newer readers read it too.
+IR_VERSION = 10
 CONTRIB = "com.microsoft"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The graph inputs that attention needs. Shapes: (batch, total), (batch, sequence), (batch, sequence)."""
+    """What a graph is given beside its cache, int64, in the order of its inputs.
 
+    Attributes:
+        input_ids: (batch, sequence).
+        attention_mask: (batch, total): 1 where a token stands.
+        position_ids: (batch, sequence).
+        causal_mask: (batch, 1, sequence, total): 1 where a token sees another; None where the graph works it out.
+    """
+
+    input_ids: ir.Value
     attention_mask: ir.Value
     position_ids: ir.Value
-    input_ids: ir.Value
+    causal_mask: ir.Value | None = None
+
+    @classmethod
+    def with_usual_names(cls) -> Inputs:
+        """Those of Hugging Face's own exports."""
+        return cls(
+            input_ids=ir.val("input_ids", ir.DataType.INT64, ["batch", "sequence"]),
+            attention_mask=ir.val("attention_mask", ir.DataType.INT64, ["batch", "total_sequence"]),
+            position_ids=ir.val("position_ids", ir.DataType.INT64, ["batch", "sequence"]),
+        )
+
+    def values(self) -> list[ir.Value]:
+        """All that there are."""
+        return [
+            value
+            for value in (self.input_ids, self.attention_mask, self.position_ids, self.causal_mask)
+            if value is not None
+        ]
 
 
 @dataclass(frozen=True)
@@ -55,6 +82,16 @@ class Profile(Protocol):
     """Building blocks of a decoder. Each appends to the node list it is given."""
 
     opset_imports: ClassVar[dict[str, int]]
+    ir_version: int
+
+    @property
+    def cache_heads(self) -> int:
+        """Heads of keys and values in the cache."""
+        ...
+
+    def inputs(self) -> Inputs:
+        """What the graph is given beside its cache."""
+        ...
 
     @property
     def takes_packed(self) -> bool:
@@ -97,7 +134,11 @@ class Profile(Protocol):
 
 
 def make_profile(name: ProfileName, spec: DecoderSpec) -> Profile:
-    """The building blocks of profile `name` for one model."""
+    """The building blocks of profile `name` for one model. Raises: UnsupportedArchitectureError if it has none."""
+    if name == "deepsparse":
+        from losa_export.graph.deepsparse import DeepSparseProfile
+
+        return DeepSparseProfile(spec)
     return OrtProfile(spec) if name == "ort" else StandardProfile(spec)
 
 
@@ -120,11 +161,21 @@ class OrtProfile:
     """ONNX Runtime's contributed operators, as of version 1.24."""
 
     opset_imports: ClassVar[dict[str, int]] = {"": OPSET, CONTRIB: 1}
+    ir_version = IR_VERSION
 
     def __init__(self, spec: DecoderSpec) -> None:
         self._spec = spec
         # The operator's own rotation only takes heads of a multiple of 16; the smallest models have 8.
         self._rotates = spec.rope is not None and spec.head_dim % 16 == 0
+
+    @property
+    def cache_heads(self) -> int:
+        """See `Profile.cache_heads`."""
+        return self._spec.num_kv_heads
+
+    def inputs(self) -> Inputs:
+        """See `Profile.inputs`."""
+        return Inputs.with_usual_names()
 
     @property
     def takes_packed(self) -> bool:
@@ -206,10 +257,20 @@ class StandardProfile:
     """ONNX opset 23, without contributed operators."""
 
     opset_imports: ClassVar[dict[str, int]] = {"": OPSET}
+    ir_version = IR_VERSION
     takes_packed = False
 
     def __init__(self, spec: DecoderSpec) -> None:
         self._spec = spec
+
+    @property
+    def cache_heads(self) -> int:
+        """See `Profile.cache_heads`."""
+        return self._spec.num_kv_heads
+
+    def inputs(self) -> Inputs:
+        """See `Profile.inputs`."""
+        return Inputs.with_usual_names()
 
     def prepare(self, nodes: NodeList, inputs: Inputs, rotary: tuple[ir.Value, ir.Value] | None) -> None:
         """See `Profile.prepare`: one attention mask for all layers, and the shape of the logits.

@@ -17,11 +17,10 @@ from onnx_ir.passes.common import (
 )
 
 from losa_export.errors import UnsupportedArchitectureError
-from losa_export.graph.decoder import IR_VERSION
 from losa_export.graph.formats import DOMAIN, DOMAIN_VERSION
 from losa_export.graph.functions import own_functions
 from losa_export.graph.nodes import NodeList
-from losa_export.graph.profiles import ProfileName
+from losa_export.graph.profiles import IR_VERSION, ProfileName
 from losa_export.graph.weights import WeightStore
 from losa_export.tracing import TracedDecoder
 

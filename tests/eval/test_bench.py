@@ -75,7 +75,7 @@ def run(fake_runtime, folders, monkeypatch):
             )
             return runtime
 
-        def launch(label):
+        def launch(label, _):
             engines.append(LocalEngine(label, load, journal))
             if fail:
                 engines[-1].call = fail(engines[-1].call)

@@ -1,0 +1,260 @@
+"""DeepSparse on a folder exported with profile `deepsparse`: the engine of Neural Magic, discontinued in 2025.
+
+It runs in an environment of its own (`losa_export.runtimes.isolated`), so this module needs nothing beside it but
+numpy and what that environment holds. The engine compiles one program for each number of tokens that enters at once
+and each length of cache; the cache then lies inside the engine, which is a third faster than outside of it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_export.errors import CheckpointError, EngineUnavailableError, InputError, RuntimeFailureError
+from losa_export.onnx_file import MODEL_FILE
+from losa_export.runtimes.base import (
+    DecodeState,
+    RuntimeDescription,
+    check_next_tokens,
+    check_open,
+    check_prompt,
+    check_state_size,
+    file_sizes,
+)
+from losa_export.runtimes.threads import resolve_threads
+
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+
+PROFILE = "deepsparse"
+_PAST = "past_key_values."
+
+
+class DeepSparseState:
+    """One cache inside the engine for each row; `rows[i]` is None until a prompt is read into it."""
+
+    def __init__(self, batch: int, capacity: int) -> None:
+        self.lengths: Int64 = np.zeros(batch, np.int64)
+        self.capacity = capacity
+        self.rows: list[Any] = [None] * batch
+
+    def reset(self, row: int) -> None:
+        """Empty one row."""
+        self.rows[row] = None
+        self.lengths[row] = 0
+
+
+@dataclass
+class _Programs:
+    """What has been compiled for one length of cache: tokens that enter at once → engine."""
+
+    capacity: int
+    engines: dict[int, Any] = field(default_factory=dict)
+
+
+class DeepSparseRuntime:
+    """A decoder graph on DeepSparse; see `losa_export.runtimes.base.Runtime`."""
+
+    name = "deepsparse"
+
+    def __init__(self, folder: Path, threads: int, vocab_size: int, max_positions: int) -> None:
+        self._folder, self._threads = folder, threads
+        self.vocab_size, self.max_positions = vocab_size, max_positions
+        self._library: Any = import_module("deepsparse.engine")
+        self._programs = _Programs(0)
+        self._compile_seconds: list[float] = []
+        self._supported = 1.0
+        self._closed = False
+
+    @classmethod
+    def load(cls, folder: Path, *, threads: int | None = None) -> DeepSparseRuntime:
+        """Open `folder`. Nothing is compiled yet: that takes the lengths of prompt and cache.
+
+        Raises:
+            EngineUnavailableError: this interpreter has no DeepSparse.
+            CheckpointError: the folder holds no graph of profile `deepsparse`.
+            ConfigError: an impossible number of threads.
+        """
+        try:
+            onnx = import_module("onnx")
+            import_module("deepsparse")
+        except ImportError as error:
+            raise EngineUnavailableError(
+                f"DeepSparse cannot be imported here ({error}); it has an environment of its own, which 'losa bench' "
+                "uses by itself: losa runtimes install deepsparse",
+                engine="deepsparse",
+            ) from error
+        if not (folder / MODEL_FILE).is_file():
+            raise CheckpointError(f"'{folder}' has no {MODEL_FILE}; export it with: losa export", path=folder)
+        model = onnx.load(str(folder / MODEL_FILE), load_external_data=False)
+        if {entry.key: entry.value for entry in model.metadata_props}.get("losa.profile") != PROFILE:
+            raise CheckpointError(
+                f"the graph in '{folder}' is not of profile '{PROFILE}'; export it with: losa export … --profile "
+                f"{PROFILE}",
+                path=folder,
+            )
+        logits = next(value for value in model.graph.output if value.name == "logits")
+        table = next(one for one in model.graph.initializer if one.name == "cos_cache")
+        vocabulary = logits.type.tensor_type.shape.dim[2].dim_value
+        return cls(folder, resolve_threads(threads), int(vocabulary), int(table.dims[0]))
+
+    def new_state(self, batch: int, capacity: int) -> DeepSparseState:
+        """An empty cache; compiles what decodes with one of that length, unless it is there."""
+        check_open(self._closed, self.name)
+        check_state_size(batch, capacity, self.max_positions)
+        self._engine(1, capacity)
+        return DeepSparseState(batch, capacity)
+
+    def prefill(self, state: DecodeState, row: int, token_ids: Int64) -> Float32:
+        """Read a prompt into one empty row, in pieces; (S, V) float32. Pieces of a new length are compiled for."""
+        check_open(self._closed, self.name)
+        prompt = check_prompt(state, row, token_ids, self.vocab_size)
+        if not isinstance(state, DeepSparseState):
+            raise _foreign_state()
+        state.rows[row] = self._library.LIB.kv_cache(0, 0)
+        ends = np.cumsum(pieces(prompt.size, state.capacity))[:-1]
+        return np.concatenate([self._run(state, row, piece) for piece in np.split(prompt, ends)])
+
+    def decode(self, state: DecodeState, token_ids: Int64) -> Float32:
+        """Append one token to each row, one row after the other; (batch, V) float32."""
+        check_open(self._closed, self.name)
+        tokens = check_next_tokens(state, token_ids, self.vocab_size)
+        if not isinstance(state, DeepSparseState):
+            raise _foreign_state()
+        if any(row is None for row in state.rows):
+            raise InputError("a row of the cache is empty; read a prompt into each row first")
+        return np.concatenate([self._run(state, row, tokens[row : row + 1]) for row in range(tokens.size)])
+
+    def describe(self) -> RuntimeDescription:
+        """The engine, its threads, how much of the graph it accelerates, and the files."""
+        return RuntimeDescription(
+            name=self.name,
+            engine="deepsparse",
+            version=str(self._library.__version__),
+            threads=self._threads,
+            kernel_row=None,
+            model_files=file_sizes(self._folder, "model.onnx*"),
+            details={
+                "cache": "inside the engine",
+                "fraction_of_supported_ops": self._supported,
+                "compile_seconds": [round(seconds, 3) for seconds in self._compile_seconds],
+            },
+        )
+
+    def close(self) -> None:
+        """Drop what was compiled."""
+        self._programs = _Programs(0)
+        self._closed = True
+
+    def _run(self, state: DeepSparseState, row: int, ids: Int64) -> Float32:
+        """Logits (S, V) of some tokens behind those of the row, which they join.
+
+        Tokens stand at the end of the cache's length. All programs of a cache must agree on that length.
+        """
+        engine = self._engine(ids.size, state.capacity)
+        past, total = int(state.lengths[row]), program_length(state.capacity)
+        places = np.arange(total)
+        mask = (places >= total - past - ids.size).astype(np.int64)[None]
+        queries = places[total - ids.size :, None]
+        given = {
+            "input_ids": ids[None],
+            "positions": past + np.arange(ids.size)[None],
+            "attention_mask": mask,
+            "causal_mask": ((places <= queries) & mask.astype(bool)).astype(np.int64)[None, None],
+        }
+        shapes = dict(zip(engine.input_names, engine.input_shapes, strict=True))
+        inputs = [
+            # Empty pasts of the right rank: the engine has the real ones.
+            np.zeros((0, *shapes[name][1:]), np.float32) if name.startswith(_PAST) else _fresh(given[name])
+            for name in engine.input_names
+        ]
+        try:
+            found: Float32 = np.array(engine._eng_net.execute_list_out(inputs, state.rows[row])[0][0])
+        except Exception as error:  # the engine's own exceptions have no documented base
+            raise RuntimeFailureError(f"DeepSparse failed while running the model: {error}") from error
+        state.lengths[row] += ids.size
+        return found
+
+    def _engine(self, tokens: int, capacity: int) -> Any:
+        """What was compiled for so many tokens and so long a cache; that for other caches is dropped."""
+        if self._programs.capacity != capacity:
+            self._programs = _Programs(capacity)
+        if tokens not in self._programs.engines:
+            started = time.perf_counter()
+            self._programs.engines[tokens] = self._compile(tokens, capacity)
+            self._compile_seconds.append(time.perf_counter() - started)
+        return self._programs.engines[tokens]
+
+    def _compile(self, tokens: int, capacity: int) -> Any:
+        onnx = import_module("onnx")
+        model = onnx.load(str(self._folder / MODEL_FILE), load_external_data=False)
+        for value in model.graph.input:
+            for dimension, size in zip(
+                value.type.tensor_type.shape.dim,
+                _sizes(value.name, tokens, program_length(capacity)),
+                strict=True,
+            ):
+                if size is not None:
+                    dimension.dim_value = size
+        cached = [output.name.startswith("present.") for output in model.graph.output]
+        with tempfile.TemporaryDirectory(prefix="losa-deepsparse-") as scratch:
+            for path in self._folder.glob(f"{MODEL_FILE}.*"):
+                os.symlink(path.resolve(), Path(scratch) / path.name)
+            file = Path(scratch) / MODEL_FILE
+            file.write_bytes(model.SerializeToString())
+            del model
+            try:
+                engine = self._library.Engine(str(file), batch_size=1, num_cores=self._threads, cached_outputs=cached)
+            except Exception as error:  # likewise
+                raise RuntimeFailureError(f"DeepSparse refused the model: {error}") from error
+        self._supported = min(self._supported, float(engine.fraction_of_supported_ops))
+        return engine
+
+
+def program_length(capacity: int) -> int:
+    """Tokens of a program's cache and input together.
+
+    One more than asked for, since the engine spoils the answer of the token that fills the last place; and never so
+    few that `pieces` could not cut.
+    """
+    return max(3, capacity + 1)
+
+
+def pieces(prompt: int, capacity: int) -> list[int]:
+    """How a prompt is cut: nearly equal pieces, each shorter than the cache beside it.
+
+    For a longer piece the engine answers NaN, or crashes.
+    """
+    longest = (program_length(capacity) - 1) // 2
+    count = -(-prompt // longest)
+    return [prompt // count + (index < prompt % count) for index in range(count)]
+
+
+def _sizes(name: str, tokens: int, capacity: int) -> tuple[int | None, ...]:
+    """The fixed sizes of a graph input; None where the graph fixes it already."""
+    if name in ("input_ids", "positions"):
+        return 1, tokens
+    if name == "attention_mask":
+        return 1, capacity
+    if name == "causal_mask":
+        return 1, None, tokens, capacity
+    return 1, None, capacity - tokens, None
+
+
+def _fresh(values: Int64) -> Int64:
+    """A copy whose type is numpy's own object: the engine refuses an equal one, as arrays from a pipe have."""
+    copy: Int64 = np.empty(values.shape, np.int64)
+    copy[...] = values
+    return copy
+
+
+def _foreign_state() -> InputError:
+    return InputError("this state was made by another runtime; make it with new_state() of this one")
