@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         ("export", "write one ONNX model: merged/ → onnx/", _add_export),
         ("bench", "measure an exported model against a dense one; 'losa bench kernels': single products", _add_bench),
         ("doctor", "examine this CPU: which sparsity pays, with which values", _add_doctor),
+        ("synth", "write a random checkpoint of a published shape, for benchmarks", _add_synth),
         ("runtimes", "list, install or remove engines that need an environment of their own", _add_runtimes),
         ("generate", "continue a text with an exported model", _add_generate),
     ):
@@ -720,6 +721,38 @@ def _doctor(arguments: argparse.Namespace) -> int:
     print_doctor(report.as_dict())
     if report.missing is not None:
         raise report.missing
+    return 0
+
+
+# ---- synth --------------------------------------------------------------------------------------------------------
+
+
+def _add_synth(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--like", required=True, metavar="MODEL", help="smollm2-135m, tinyllama-1.1b, llama-2-7b, …")
+    parser.add_argument("--blocks", type=int, default=None, metavar="N", help="default: as many as the model has")
+    parser.add_argument(
+        "--sparsity", type=_fraction, default=0.0, metavar="S", help="zeros of the linears, such as 70%% (default: 0)"
+    )
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the file (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    _add_output(parser, None)
+    parser.set_defaults(command=_synth)
+
+
+def _synth(arguments: argparse.Namespace) -> int:
+    from losa_export.synth import SynthConfig, synthesise
+
+    config = SynthConfig(
+        like=arguments.like,
+        output=arguments.output,
+        blocks=arguments.blocks,
+        sparsity_fraction=arguments.sparsity,
+        dtype=arguments.dtype,
+        seed=arguments.seed,
+        overwrite=arguments.overwrite,
+    )
+    size = synthesise(config)
+    print(f"{arguments.output}: {size / 1e6:.0f} MB, random; next: losa export {arguments.output} -o onnx")
     return 0
 
 

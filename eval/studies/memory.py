@@ -7,7 +7,6 @@ blocks have the shape of Llama 2 7B. Linux only: memory is read from /proc.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -17,45 +16,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from losa_export.architecture import DecoderSpec, tensor_shapes
-from losa_export.errors import RuntimeFailureError
-from losa_export.layout import LLAMA
+from losa_export.errors import LosaError, RuntimeFailureError
 from losa_export.progress import Progress
+from losa_export.synth import SHAPES, LlamaShape, SynthConfig, random_words, write_random_checkpoint
+
+_LIKE = "llama-2-7b"
 
 # How often a process's memory is read.
 _SECONDS = 0.02
-_WORDS = 300
 # The command line in a process of its own.
 _CODE = "import sys; from losa_export.cli import main; sys.exit(main(sys.argv[1:]))"
 _GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a Llama."""
-
-    hidden: int = 4096
-    intermediate: int = 11008
-    heads: int = 32
-    vocabulary: int = 32000
-
-    def config(self, blocks: int) -> dict[str, object]:
-        """Its config.json, with so many blocks."""
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.heads,
-            "num_hidden_layers": blocks,
-            "vocab_size": self.vocabulary,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-            "hidden_act": "silu",
-            "tie_word_embeddings": False,
-            "dtype": "bfloat16",
-        }
 
 
 @dataclass(frozen=True)
@@ -82,58 +53,6 @@ class Row:
     checkpoint_bytes: int
     train: Usage
     merge: Usage | None
-
-
-def write_checkpoint(folder: Path, shape: Shape, blocks: int) -> int:
-    """Write a random bfloat16 checkpoint, a file for each block, with a tokenizer of a few words.
-
-    Returns: bytes of its weights.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    config = shape.config(blocks)
-    spec = DecoderSpec.from_config(config, folder)
-    generator = torch.Generator().manual_seed(0)
-
-    def tensor(size: tuple[int, ...]) -> torch.Tensor:
-        if len(size) == 1:
-            return torch.ones(size, dtype=torch.bfloat16)
-        return torch.empty(size, dtype=torch.bfloat16).normal_(0.0, size[1] ** -0.5, generator=generator)
-
-    folder.mkdir(parents=True)
-    files: dict[str, list[str]] = {}
-    shapes = tensor_shapes(spec)
-    for name in shapes:
-        block = LLAMA.place(name)[0] if name.startswith(f"{LLAMA.blocks}.") else "rest"
-        files.setdefault(f"model-{block}.safetensors", []).append(name)
-    total = 0
-    for file, names in files.items():
-        tensors = {name: tensor(shapes[name]) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        total += sum(one.nbytes for one in tensors.values())
-    index = {name: file for file, names in files.items() for name in names}
-    table = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(table))
-    (folder / "config.json").write_text(json.dumps(config))
-    _write_tokenizer(folder)
-    return total
-
-
-def _write_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(_WORDS)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def write_text(path: Path, tokens: int) -> None:
-    """Write random words, `tokens` of them."""
-    import numpy as np
-
-    words = np.random.default_rng(0).integers(1, _WORDS, tokens)
-    path.write_text(" ".join(f"w{word}" for word in words) + "\n", encoding="utf-8")
 
 
 def measure(arguments: Sequence[str]) -> Usage:
@@ -170,7 +89,7 @@ def _memory(status: Path) -> tuple[int, int]:
     return tuple(int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "VmHWM"))  # type: ignore[return-value]
 
 
-def study(shape: Shape, blocks: int, work: Path, options: Sequence[str], *, merges: bool = True) -> Row:
+def study(shape: LlamaShape, blocks: int, work: Path, options: Sequence[str], *, merges: bool = True) -> Row:
     """Write a checkpoint, prune it without tuning, merge, and clear all of it away.
 
     Args:
@@ -182,8 +101,9 @@ def study(shape: Shape, blocks: int, work: Path, options: Sequence[str], *, merg
     """
     folder = Path(tempfile.mkdtemp(prefix="losa-memory-", dir=work))
     try:
-        size = write_checkpoint(folder / "model", shape, blocks)
-        write_text(folder / "text.txt", 20_000)
+        config = SynthConfig(_LIKE, folder / "model", dtype="bf16", progress=False)
+        size = write_random_checkpoint(shape, blocks, config)
+        (folder / "text.txt").write_text(random_words(20_000), encoding="utf-8")
         train = ["train", str(folder / "model"), "-o", str(folder / "run"), "--text", str(folder / "text.txt")]
         train += ["--sparsity", "0.5", "--rounds", "1", "--steps", "0", *options]
         merge = ["merge", str(folder / "run"), "-o", str(folder / "merged")]
@@ -229,8 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for blocks in options.blocks:
             try:
                 further = [*train, *options.options]
-                rows.append(study(Shape(), blocks, options.work, further, merges=not options.no_merge))
-            except RuntimeFailureError as error:
+                rows.append(study(SHAPES[_LIKE], blocks, options.work, further, merges=not options.no_merge))
+            except LosaError as error:
                 sys.stderr.write(f"losa: error: {error}\n")
                 return error.exit_code
             progress.advance(1)

@@ -9,24 +9,14 @@ import pytest
 
 pytest.importorskip("transformers", reason="needs the 'train' extra")
 
-from losa_export.architecture import DecoderSpec, check_tensors
-from losa_export.checkpoint import open_checkpoint
 from losa_export.errors import RuntimeFailureError
 from losa_export.eval.studies import memory
-from losa_export.eval.studies.memory import Row, Shape, Usage, measure, study, table, write_checkpoint
+from losa_export.eval.studies.memory import Row, Usage, measure, study, table
+from losa_export.synth import LlamaShape
 
-SMALL = Shape(hidden=64, intermediate=176, heads=4, vocabulary=512)
+SMALL = LlamaShape(64, 176, heads=4, kv_heads=4, blocks=2, vocabulary=512, positions=256)
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-
-
-def test_the_checkpoint_is_sound_and_a_file_for_each_block(tmp_path: Path) -> None:
-    size = write_checkpoint(tmp_path / "model", SMALL, 3)
-    checkpoint = open_checkpoint(tmp_path / "model")
-    check_tensors(checkpoint, DecoderSpec.from_config(checkpoint.config, tmp_path))
-    assert len(checkpoint.weight_files()) == 4
-    assert {checkpoint.dtype(name) for name in checkpoint.names()} == {"BF16"}
-    assert size == 2 * (3 * (4 * 64 * 64 + 3 * 64 * 176 + 2 * 64) + 2 * 512 * 64 + 64)
 
 
 def test_a_small_model_is_pruned_merged_and_cleared_away(tmp_path: Path) -> None:
