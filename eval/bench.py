@@ -1,7 +1,7 @@
 """The benchmark: two engines side by side, answers first, then interleaved timing, then a verdict by rule.
 
 Blocks of four generations, candidate - baseline - baseline - candidate, alternate in one run at equal
-threads, prompt and output lengths. The ratio of medians carries an interval from resampling blocks.
+threads, prompt and output lengths. Each block gives a ratio; their centre carries an interval by ranks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from losa_export.eval.bench_report import (
 from losa_export.eval.engine import Engine, EngineProcess
 from losa_export.eval.machine import machine_record
 from losa_export.eval.parity import GateThresholds
-from losa_export.eval.stats import MIN_BLOCKS, RatioEstimate, agree_within, median, ratio_of_medians
+from losa_export.eval.stats import MIN_BLOCKS, RatioEstimate, agree_within, median, paired_ratio
 from losa_export.eval.worker import Loaded, MemoryUse, RawSample
 from losa_export.files import input_folder, sha256_of
 from losa_export.progress import Progress
@@ -44,7 +44,6 @@ ORDER: tuple[Side, ...] = ("candidate", "baseline", "baseline", "candidate")
 SIDES: tuple[Side, ...] = ("candidate", "baseline")
 DISTURBED_SPIN = 1.05
 _IDLE_LIMIT = 0.05
-_INTERIM_RESAMPLES = 1000
 
 AnswerOption = Literal["auto", "same", "own"]
 # Makes the engine for a label that runs a runtime.
@@ -66,13 +65,12 @@ class BenchConfig:
             checked by another engine; 'auto': by the weights' digests in both export.json, else 'same'.
         min_blocks, max_blocks: blocks of four generations to time.
         min_seconds, max_seconds: length of the timed part. `max_seconds` wins over `min_blocks`, but not
-            over the four blocks that an interval needs.
+            over the six blocks that an interval needs.
         max_warmup_blocks: untimed blocks at most.
         warmup_tolerance: the last two warm-up blocks' medians must agree within this fraction.
         precision: stop once both intervals' half widths are at most this fraction of the ratio.
         load_samples: how often each model is loaded.
-        resamples: bootstrap draws of the final intervals.
-        seed: of token ids and resampling.
+        seed: of token ids.
         timeout_s: longest time one command to an engine may take.
         thresholds: what counts as the same answer.
     """
@@ -93,7 +91,6 @@ class BenchConfig:
     warmup_tolerance: float = 0.03
     precision: float = 0.02
     load_samples: int = 3
-    resamples: int = 10_000
     seed: int = 0
     timeout_s: float = 900.0
     thresholds: GateThresholds = field(default_factory=GateThresholds)
@@ -114,7 +111,6 @@ class BenchConfig:
             "max_blocks": self.min_blocks,
             "max_warmup_blocks": 1,
             "load_samples": 1,
-            "resamples": 100,
             "seed": 0,
         }
         for name, lowest in least.items():
@@ -214,8 +210,8 @@ def bench(config: BenchConfig, *, launch: Launch | None = None, show_progress: b
         for side in SIDES
     }
     candidate, baseline = results["candidate"], results["baseline"]
-    prefill = compare_sides(samples, lambda sample: sample.prefill_ms, config)
-    decode = compare_sides(samples, lambda sample: sample.decode_mean_ms, config)
+    prefill = compare_sides(samples, lambda sample: sample.prefill_ms)
+    decode = compare_sides(samples, lambda sample: sample.decode_mean_ms)
     peaks = candidate.peak_rss_bytes, baseline.peak_rss_bytes
     return BenchReport(
         created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -273,7 +269,7 @@ def mark_disturbed(raw: list[tuple[Side, int, RawSample]]) -> tuple[Sample, ...]
     )
 
 
-def compare_sides(samples: tuple[Sample, ...], value: Callable[[Sample], float], config: BenchConfig) -> Comparison:
+def compare_sides(samples: tuple[Sample, ...], value: Callable[[Sample], float]) -> Comparison:
     """The ratio of one metric over all blocks, and over those in which no sample was disturbed."""
     blocks = sorted({sample.block for sample in samples})
     quiet = [block for block in blocks if not any(s.disturbed for s in samples if s.block == block)]
@@ -283,8 +279,7 @@ def compare_sides(samples: tuple[Sample, ...], value: Callable[[Sample], float],
             side: [[value(s) for s in samples if s.block == block and s.side == side] for block in chosen]
             for side in SIDES
         }
-        generator = np.random.default_rng(config.seed)
-        return ratio_of_medians(table["baseline"], table["candidate"], generator, resamples=config.resamples)
+        return paired_ratio(table["baseline"], table["candidate"])
 
     return Comparison(ratio(blocks), ratio(quiet) if len(quiet) >= MIN_BLOCKS else None)
 
@@ -353,8 +348,7 @@ class _Run:
         for side, block, sample in self.samples:
             value = sample.prefill_s if metric == "prefill" else float(np.mean(sample.decode_s))
             table[side][block].append(value)
-        generator = np.random.default_rng(self._config.seed)
-        return ratio_of_medians(table["baseline"], table["candidate"], generator, resamples=_INTERIM_RESAMPLES)
+        return paired_ratio(table["baseline"], table["candidate"])
 
 
 def _load(engine: Engine, config: BenchConfig, side: Side, threads: int) -> Loaded:

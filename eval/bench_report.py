@@ -17,7 +17,7 @@ from losa_export.eval.worker import MemoryUse
 from losa_export.files import write_text_atomic
 
 SCHEMA = "losa-bench"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Side = Literal["candidate", "baseline"]
 AnswerMode = Literal["same", "own"]

@@ -22,7 +22,6 @@ from losa_export.eval.kernel_bench import (
     max_copies,
     may_be_cached,
     memory_bandwidth,
-    paired_ratio,
     random_dense,
 )
 from losa_export.eval.kernel_bench_engines import (
@@ -40,7 +39,7 @@ from losa_export.eval.kernel_bench_shapes import Shape, parse_shapes
 from losa_export.eval.kernel_bench_timing import TimingPlan, Timings, measure
 from losa_export.eval.kernel_bench_weights import group_size, value_kind
 from losa_export.eval.machine import MachineRecord, machine_record
-from losa_export.eval.stats import median
+from losa_export.eval.stats import MIN_BLOCKS, median, paired_ratio
 from losa_export.progress import Progress
 from losa_export.runtimes import native
 from losa_export.runtimes.threads import resolve_threads
@@ -63,11 +62,11 @@ class DoctorConfig:
 
     Attributes:
         threads: of each product; None: what the machine offers.
-        seconds: for everything; the four blocks that an interval needs may take longer on a slow machine.
+        seconds: for everything; the six blocks that an interval needs may take longer on a slow machine.
         shape: rows x columns of the weight.
         sparsities: fractions of zeros to measure; fewer are if time runs short.
         values: kinds of values, as in `KernelBenchConfig`.
-        seed: of weights, activations and resampling.
+        seed: of weights and activations.
     """
 
     threads: int | None = None
@@ -117,7 +116,7 @@ def run_doctor(config: DoctorConfig | None = None, *, show_progress: bool = True
         missing = error
     else:
         engines, timings = _measure(config, shape, threads, ring_bytes, kernel.row, start, show_progress)
-        products = _products(engines, timings, bandwidth_all, config.seed)
+        products = _products(engines, timings, bandwidth_all)
         warnings = _warnings(config, products, timings, last_cache_bytes(machine))
     payoffs = _payoffs(config, shape, products)
     return DoctorReport(
@@ -200,7 +199,7 @@ def _measure(
                 engines.append(engine)
                 show()
         left = config.seconds - (time.perf_counter() - start) - _RESERVE_S
-        plan = TimingPlan(seconds=max(left, 0.1), min_blocks=4, turn_seconds=_TURN_S)
+        plan = TimingPlan(seconds=max(left, 0.1), min_blocks=MIN_BLOCKS, turn_seconds=_TURN_S)
         timings = measure(
             engines,
             plan,
@@ -212,7 +211,7 @@ def _measure(
     return engines, timings
 
 
-def _products(engines: Sequence[Engine], timings: Timings, bandwidth_all: float, seed: int) -> tuple[Product, ...]:
+def _products(engines: Sequence[Engine], timings: Timings, bandwidth_all: float) -> tuple[Product, ...]:
     bandwidth = median([*timings.bandwidth, bandwidth_all])
     middles = [median([value for block in blocks for value in block]) for blocks in timings.seconds]
     rivals = {}
@@ -227,7 +226,7 @@ def _products(engines: Sequence[Engine], timings: Timings, bandwidth_all: float,
         ours = engine.spec.value
         ratios = {}
         if ours is not None:
-            ratios = {rival: paired_ratio(timings.seconds[other], samples, seed) for rival, other in rivals.items()}
+            ratios = {rival: paired_ratio(timings.seconds[other], samples) for rival, other in rivals.items()}
         found.append(
             Product(
                 name=engine.spec.name,

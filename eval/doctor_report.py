@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA = "losa-doctor"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # What a user would run instead, and the engines that stand for it: the fastest of them counts.
 RIVALS: Mapping[str, str] = {"dense fp32": "ort-fp32", "dense int8": "ort-int8", "dense int4": "ort-int4"}
 # A rounder kind of value is advised only if it is this much faster than a more exact one.

@@ -38,7 +38,7 @@ from losa_export.eval.kernel_bench_shapes import Shape, parse_shapes
 from losa_export.eval.kernel_bench_timing import DRIFT_FRACTION, TimingPlan, Timings, drifts, measure
 from losa_export.eval.kernel_bench_weights import Float32, bytes_per_weight, value_kind
 from losa_export.eval.machine import MachineRecord, machine_record
-from losa_export.eval.stats import RatioEstimate, median, median_absolute_deviation, ratio_of_medians
+from losa_export.eval.stats import median, median_absolute_deviation, paired_ratio
 from losa_export.progress import Progress
 from losa_export.runtimes import native
 from losa_export.runtimes.threads import resolve_threads
@@ -72,7 +72,7 @@ class KernelBenchConfig:
         seconds: timed part of a case.
         ring_mebibytes: what the copies of a weight together must exceed; None: 256, and three times the last cache.
         quick: fewer cases, peers and copies, for a first look.
-        seed: of weights, activations and resampling.
+        seed: of weights and activations.
     """
 
     shapes: tuple[str, ...] = ("llama2-7b",)
@@ -217,7 +217,6 @@ def timing_of(
     samples: tuple[tuple[float, ...], ...],
     bandwidth: Sequence[float],
     references: tuple[Sequence[Sequence[float]] | None, Sequence[Sequence[float]] | None],
-    seed: int,
 ) -> KernelTiming:
     """Figures of one engine from its samples.
 
@@ -230,11 +229,10 @@ def timing_of(
         bandwidth: bytes a second, read in the same run; may be empty.
         references: samples of ONNX Runtime's float32, and of the fastest dense int4, in the same blocks; None where
             there is none, or it is this engine.
-        seed: of the resampling.
     """
     everything = [value for block in samples for value in block]
     middle = median(everything)
-    ratios = [None if other is None else paired_ratio(other, samples, seed) for other in references]
+    ratios = [None if other is None else paired_ratio(other, samples) for other in references]
     rate = engine.weight_bytes / middle
     return KernelTiming(
         name=engine.spec.name,
@@ -253,11 +251,6 @@ def timing_of(
         against_fp32=ratios[0],
         against_int4=ratios[1],
     )
-
-
-def paired_ratio(baseline: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]], seed: int) -> RatioEstimate:
-    """Ratio of medians, baseline over candidate, with an interval from resampling blocks."""
-    return ratio_of_medians(baseline, candidate, np.random.default_rng(seed))
 
 
 class _ShapeBench:
@@ -334,7 +327,7 @@ class _ShapeBench:
             self._config.plan,
             bandwidth=lambda: memory_bandwidth(self._threads, self._ring_bytes),
         )
-        return case_of(self._shape, sparsity, x.shape[0], engines, errors, timings, self._config.seed)
+        return case_of(self._shape, sparsity, x.shape[0], engines, errors, timings)
 
 
 def case_of(
@@ -344,7 +337,6 @@ def case_of(
     engines: Sequence[Engine],
     errors: Sequence[float],
     timings: Timings,
-    seed: int,
 ) -> KernelCase:
     """The figures of a case, with ratios to float32 and to whichever dense int4 was fastest in it."""
     middles = [median([value for block in blocks for value in block]) for blocks in timings.seconds]
@@ -369,7 +361,6 @@ def case_of(
                 timings.seconds[index],
                 timings.bandwidth,
                 (references[0], references[1]),
-                seed,
             )
         )
     return KernelCase(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA = "losa-kernel-bench"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _WIDEST_TABLE = 200
 _COLUMNS = ("kernel", "B/weight", "time", "GB/s", "of DRAM", "Gop/s", "vs ORT fp32", "vs dense int4")
 

@@ -1,7 +1,7 @@
 """Statistics of timings: medians, spreads, percentiles, and a ratio with an interval and a verdict.
 
-Pure functions of arrays; randomness comes in as a generator. Timings are skewed and now and then
-disturbed, so everything rests on medians, and the interval on resampling rather than on a normal law.
+Pure functions of arrays. Timings are skewed and now and then disturbed, so everything rests on medians, and intervals
+on ranks rather than on a normal law.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from math import inf, pi, sqrt, tan
+from math import exp, inf, pi, sqrt, tan
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from losa_export.errors import BenchmarkError
+from losa_export.eval.rank_intervals import rank_sum_interval, signed_rank_interval
 
 PERCENTILES = (50, 90, 95, 99)
-MIN_BLOCKS = 4
-_RESAMPLES_IN_MEMORY = 1 << 22
+# The fewest for an interval at 95 % (`signed_rank_interval`).
+MIN_BLOCKS = 6
 
 
 class Verdict(StrEnum):
@@ -35,7 +36,7 @@ class RatioEstimate:
     """How many times faster the candidate is than the baseline.
 
     Attributes:
-        ratio: median baseline time over median candidate time; above 1 the candidate is faster.
+        ratio: baseline time over candidate time, the centre of the blocks' ratios; above 1 the candidate is faster.
         low, high: ends of the interval at `confidence`.
         confidence: for example 0.95.
         blocks: paired blocks behind it.
@@ -102,34 +103,50 @@ def verdict(low: float, high: float) -> Verdict:
     return Verdict.NO_DIFFERENCE_SHOWN
 
 
-def ratio_of_medians(
-    baseline: ArrayLike,
-    candidate: ArrayLike,
-    generator: np.random.Generator,
-    *,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-) -> RatioEstimate:
-    """Ratio of median times, with an interval from a bootstrap over paired blocks.
+def paired_ratio(baseline: ArrayLike, candidate: ArrayLike, *, confidence: float = 0.95) -> RatioEstimate:
+    """How many times as long the baseline takes, with an interval over paired blocks.
 
-    Whole blocks are drawn with replacement, and the same ones for both sides, so that whatever slowed
-    a block slows it on both sides of the ratio. Plain percentile intervals are too narrow for few
-    blocks; the percentiles are therefore moved out as far as Student's t asks for.
+    Within a block both sides were timed in turns, so what slowed a block slowed both: each block gives one ratio, of
+    its median times. Their centre and its interval go by ranks (`rank_intervals`), which a few disturbed blocks move
+    little.
 
     Args:
         baseline: (B, n) times of the baseline: n samples in each of B blocks, any one unit, above 0.
         candidate: (B, m) times of the candidate in the same blocks.
-        generator: source of the resampling; the same state gives the same interval.
-        resamples: bootstrap draws.
         confidence: coverage aimed at, between 0 and 1.
-
-    Raises:
-        BenchmarkError: fewer than four blocks, block counts that differ, or times not above 0.
-
-    Source:
-        Percentile levels: Hesterberg 2015, "What Teachers Should Know About the Bootstrap",
-        The American Statistician 69(4), the "expanded percentile" interval.
+    Raises: BenchmarkError for fewer than six blocks, block counts that differ, or times not above 0.
     """
+    logarithms = _log_ratios(baseline, candidate)
+    found = signed_rank_interval(logarithms, confidence)
+    if found is None:
+        raise _too_few(len(logarithms))
+    return _estimate(found, len(logarithms), confidence)
+
+
+def change_of_ratio(
+    before: tuple[ArrayLike, ArrayLike], after: tuple[ArrayLike, ArrayLike], *, confidence: float = 0.95
+) -> RatioEstimate:
+    """How many times larger a ratio has become from one run to another, with an interval.
+
+    Both runs timed their candidate beside the same baseline, so that a machine which is slower on one day than on the
+    other slows both sides of a ratio, and leaves it as it is.
+
+    Args:
+        before: times of baseline and candidate in the first run, as `paired_ratio` takes them.
+        after: likewise of the second, which may have another number of blocks.
+        confidence: coverage aimed at, between 0 and 1.
+    Returns: an estimate above 1 if the candidate has become faster; `blocks` is the smaller number of blocks.
+    Raises: BenchmarkError as `paired_ratio`.
+    """
+    first, second = _log_ratios(*before), _log_ratios(*after)
+    found = rank_sum_interval(first, second, confidence)
+    if found is None:
+        raise _too_few(min(len(first), len(second)))
+    return _estimate(found, min(len(first), len(second)), confidence)
+
+
+def _log_ratios(baseline: ArrayLike, candidate: ArrayLike) -> NDArray[np.float64]:
+    """(B,) logarithms of the blocks' ratios. Raises: BenchmarkError as `paired_ratio`."""
     base, cand = _blocks(baseline, "baseline"), _blocks(candidate, "candidate")
     blocks = base.shape[0]
     if cand.shape[0] != blocks:
@@ -139,19 +156,16 @@ def ratio_of_medians(
             candidate=cand.shape[0],
         )
     if blocks < MIN_BLOCKS:
-        raise BenchmarkError(
-            f"{blocks} blocks are too few for an interval; measure at least {MIN_BLOCKS}", blocks=blocks
-        )
-    ratio = float(np.median(base) / np.median(cand))
-    drawn = np.empty(resamples)
-    step = max(1, _RESAMPLES_IN_MEMORY // (base.size + cand.size))
-    for start in range(0, resamples, step):
-        picks = generator.integers(0, blocks, size=(min(step, resamples - start), blocks))
-        drawn[start : start + len(picks)] = _pooled_median(base, picks) / _pooled_median(cand, picks)
-    tail = expanded_tail(confidence, blocks)
-    low, high = (float(end) for end in np.quantile(drawn, [tail, 1 - tail]))
-    # The estimate lies within the drawn ratios but for the rarest draws; the interval must hold it.
-    low, high = min(low, ratio), max(high, ratio)
+        raise _too_few(blocks)
+    return np.asarray(np.log(np.median(base, axis=1) / np.median(cand, axis=1)), dtype=np.float64)
+
+
+def _too_few(blocks: int) -> BenchmarkError:
+    return BenchmarkError(f"{blocks} blocks are too few for an interval; measure at least {MIN_BLOCKS}", blocks=blocks)
+
+
+def _estimate(found: tuple[float, float, float], blocks: int, confidence: float) -> RatioEstimate:
+    ratio, low, high = (exp(value) for value in found)
     return RatioEstimate(
         ratio=ratio,
         low=low,
@@ -161,16 +175,6 @@ def ratio_of_medians(
         verdict=verdict(low, high),
         smallest_shown=max(ratio / low, high / ratio),
     )
-
-
-def expanded_tail(confidence: float, count: int) -> float:
-    """Probability to cut off at each end of a bootstrap distribution of `count` units.
-
-    Resampling `count` units shows sqrt((count - 1) / count) of the true spread, and treats that
-    spread as if it were known: both are undone by taking the quantiles further out.
-    """
-    t = student_t_quantile(0.5 + confidence / 2, count - 1)
-    return NormalDist().cdf(-sqrt(count / (count - 1)) * t)
 
 
 def student_t_quantile(probability: float, freedom: int) -> float:
@@ -210,11 +214,6 @@ def mean_interval(differences: ArrayLike, confidence: float = 0.95) -> tuple[flo
         return mean, -inf, inf
     half = student_t_quantile(0.5 + confidence / 2, values.size - 1) * float(values.std(ddof=1)) / sqrt(values.size)
     return mean, mean - half, mean + half
-
-
-def _pooled_median(samples: NDArray[np.float64], picks: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(R,) medians over all samples of the blocks in each row of `picks` (R, B)."""
-    return np.asarray(np.median(samples[picks].reshape(len(picks), -1), axis=1), dtype=np.float64)
 
 
 def _checked(values: ArrayLike) -> NDArray[np.float64]:

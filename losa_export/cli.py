@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:2] == ["bench", "kernels"]:
         return _run(_kernels_parser().parse_args(words[2:]))
+    if words[:2] == ["bench", "compare"]:
+        return _run(_compare_parser().parse_args(words[2:]))
     return _run(_parser().parse_args(words))
 
 
@@ -69,7 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "prune in rounds while tuning masked adapters: checkpoint → run/", _add_train),
         ("merge", "fold the adapters into the weights, with proof: run/ → merged/", _add_merge),
         ("export", "write one ONNX model: merged/ → onnx/", _add_export),
-        ("bench", "measure an exported model against a dense one; 'losa bench kernels': single products", _add_bench),
+        (
+            "bench",
+            "measure an exported model against a dense one; 'losa bench kernels': single products; 'compare': two records",
+            _add_bench,
+        ),
         ("doctor", "examine this CPU: which sparsity pays, with which values", _add_doctor),
         ("synth", "write a random checkpoint of a published shape, for benchmarks", _add_synth),
         ("runtimes", "list, install or remove engines that need an environment of their own", _add_runtimes),
@@ -632,6 +638,38 @@ def _bench(arguments: argparse.Namespace) -> int:
     report.write(arguments.json)
     print_bench(report.as_dict())
     return 0
+
+
+def _compare_parser() -> argparse.ArgumentParser:
+    """`losa bench compare`: apart, as `losa bench kernels` is."""
+    parser = argparse.ArgumentParser(
+        prog="losa bench compare",
+        description="Compare two records of 'losa bench' with the same baseline: has the candidate become slower?",
+    )
+    parser.add_argument("before", type=Path, metavar="BEFORE.json", help="record to compare with")
+    parser.add_argument("after", type=Path, metavar="AFTER.json", help="record in question")
+    parser.add_argument(
+        "--fail-if-slower",
+        type=_fraction,
+        default=None,
+        metavar="S",
+        help="exit with 1 if prefill or decode is shown to be slower, and by more than this, such as 3%%",
+    )
+    parser.set_defaults(command=_compare)
+    return parser
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from losa_export.eval.bench_compare import compare_records
+
+    changes = compare_records(arguments.before, arguments.after)
+    for change in changes:
+        print(change)
+    limit = arguments.fail_if_slower
+    slower = [change.metric for change in changes if limit is not None and change.slower_than(limit)]
+    if slower:
+        print(f"losa: slower by more than {limit:.1%}: {', '.join(slower)}", file=sys.stderr)
+    return EXIT_FAILED if slower else 0
 
 
 def _kernels_parser() -> argparse.ArgumentParser:

@@ -81,8 +81,8 @@ def run(fake_runtime, folders, monkeypatch):
                 engines[-1].call = fail(engines[-1].call)
             return engines[-1]
 
-        fixed = {"prompt_tokens": 4, "new_tokens": 3, "min_blocks": 4, "max_blocks": 4, "min_seconds": 0.0}
-        fixed |= {"max_warmup_blocks": 2, "load_samples": 1, "resamples": 200, "threads": 1}
+        fixed = {"prompt_tokens": 4, "new_tokens": 3, "min_blocks": 6, "max_blocks": 6, "min_seconds": 0.0}
+        fixed |= {"max_warmup_blocks": 2, "load_samples": 1, "threads": 1}
         config = BenchConfig(folders[0], folders[1], **(fixed | options))
         try:
             return SimpleNamespace(report=bench(config, launch=launch, show_progress=False), journal=journal)
@@ -97,12 +97,12 @@ def test_the_report_is_a_documented_document_with_every_raw_sample(run, tmp_path
     report.write(tmp_path / "bench.json")
     document = read_bench(tmp_path / "bench.json")
     assert document["schema_version"] == SCHEMA_VERSION
-    assert len(document["samples"]) == 16
+    assert len(document["samples"]) == 24
     assert {len(sample["decode_ms"]) for sample in document["samples"]} == {3}
     assert document["candidate"]["engine"]["kernel_row"] == "scalar"
     assert document["candidate"]["files"][0]["name"] == "model.onnx"
     assert len(document["candidate"]["files"][0]["sha256"]) == 64
-    assert document["decode"]["all_blocks"]["blocks"] == 4
+    assert document["decode"]["all_blocks"]["blocks"] == 6
     assert document["machine"]["python"].startswith("3.")
     assert str(tmp_path) not in json.dumps(document)
 
@@ -110,7 +110,7 @@ def test_the_report_is_a_documented_document_with_every_raw_sample(run, tmp_path
 def test_engines_alternate_in_blocks_of_a_b_b_a(run):
     journal = run().journal
     order = ["A" if "candidate" in label else "B" for label, command in journal if command == "sample"]
-    assert "".join(order).startswith("ABBA" * 4)
+    assert "".join(order).startswith("ABBA" * 6)
     assert len(order) % 4 == 0
 
 
@@ -199,7 +199,7 @@ def test_a_missing_folder_is_named(folders, tmp_path):
         ({"answers": "maybe"}, r"answers is 'maybe'"),
         ({"prompt_tokens": 0}, r"prompt_tokens is 0"),
         ({"new_tokens": 1.5}, r"new_tokens is 1\.5"),
-        ({"min_blocks": 3}, r"min_blocks is 3; give a whole number of at least 4"),
+        ({"min_blocks": 3}, r"min_blocks is 3; give a whole number of at least 6"),
         ({"max_blocks": 5}, r"max_blocks is 5; give a whole number of at least 8"),
         ({"load_samples": 0}, r"load_samples is 0"),
         ({"precision": 0.0}, r"precision is 0\.0"),
@@ -264,7 +264,7 @@ def synthetic(ratio=2.0, slow_probe=()):
 
 
 def test_a_baseline_of_twice_the_time_makes_the_candidate_twice_as_fast(tmp_path):
-    comparison = compare_sides(synthetic(), lambda sample: sample.decode_mean_ms, BenchConfig(tmp_path, tmp_path))
+    comparison = compare_sides(synthetic(), lambda sample: sample.decode_mean_ms)
     assert comparison.all_blocks.low < 2.0 < comparison.all_blocks.high
     assert comparison.all_blocks.verdict is Verdict.FASTER
     assert comparison.quiet_blocks == comparison.all_blocks
@@ -273,7 +273,7 @@ def test_a_baseline_of_twice_the_time_makes_the_candidate_twice_as_fast(tmp_path
 def test_a_slow_spin_flags_the_sample_and_its_block_is_left_out_of_the_quiet_ratio(tmp_path):
     samples = synthetic(slow_probe=(2, 5))
     assert {sample.block for sample in samples if sample.disturbed} == {2, 5}
-    comparison = compare_sides(samples, lambda sample: sample.prefill_ms, BenchConfig(tmp_path, tmp_path))
+    comparison = compare_sides(samples, lambda sample: sample.prefill_ms)
     assert comparison.all_blocks.blocks == 8
     assert comparison.quiet_blocks.blocks == 6
 
@@ -281,7 +281,7 @@ def test_a_slow_spin_flags_the_sample_and_its_block_is_left_out_of_the_quiet_rat
 def test_too_few_quiet_blocks_give_no_quiet_ratio(tmp_path):
     samples = synthetic(slow_probe=(0, 1, 2, 3, 4))
     # The quiet spin is the tenth percentile, so three quiet blocks of eight still set it.
-    comparison = compare_sides(samples, lambda sample: sample.prefill_ms, BenchConfig(tmp_path, tmp_path))
+    comparison = compare_sides(samples, lambda sample: sample.prefill_ms)
     assert comparison.quiet_blocks is None
 
 

@@ -271,7 +271,7 @@ def test_a_small_run_measures_each_kind_of_value_against_each_rival(quiet_memory
 
 
 def run_short(config):
-    """`run_doctor` that stops timing after the four blocks that an interval needs."""
+    """`run_doctor` that stops timing after the six blocks that an interval needs."""
     real = doctor.TimingPlan
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(doctor, "TimingPlan", lambda seconds, **options: real(0.0, **options))

@@ -61,7 +61,7 @@ def kernels():
 
 def short(candidate, baseline, **options):
     fixed = {"prompt_tokens": 8, "new_tokens": 4, "min_blocks": 4, "max_blocks": 4, "min_seconds": 0.0, "threads": 1}
-    fixed |= {"max_warmup_blocks": 2, "load_samples": 1, "resamples": 200, "timeout_s": 120.0}
+    fixed |= {"max_warmup_blocks": 2, "load_samples": 1, "timeout_s": 120.0}
     return BenchConfig(candidate, baseline, **(fixed | options))
 
 

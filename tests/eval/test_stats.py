@@ -12,18 +12,17 @@ from losa_export.errors import BenchmarkError
 from losa_export.eval.stats import (
     Verdict,
     agree_within,
-    expanded_tail,
     mean_interval,
     median,
     median_absolute_deviation,
+    paired_ratio,
     percentiles,
-    ratio_of_medians,
     student_t_quantile,
     verdict,
 )
 
 times = st.floats(1e-3, 1e3)
-blocks_of_two = st.integers(4, 9).flatmap(lambda count: arrays(np.float64, (count, 2), elements=times))
+blocks_of_two = st.integers(6, 11).flatmap(lambda count: arrays(np.float64, (count, 2), elements=times))
 
 
 def generator():
@@ -70,28 +69,22 @@ def test_verdict_needs_the_whole_interval_on_one_side_of_one(low, high, expected
 
 def test_a_candidate_of_half_the_time_is_twice_as_fast():
     noise = np.random.default_rng(1).normal(1, 0.01, size=(2, 10, 2))
-    estimate = ratio_of_medians(2 * noise[0], noise[1], generator())
+    estimate = paired_ratio(2 * noise[0], noise[1])
     assert estimate.low < 2 < estimate.high
     assert estimate.verdict is Verdict.FASTER
     assert estimate.half_width < 0.02
     assert estimate.blocks == 10
 
 
-def test_the_same_generator_state_gives_the_same_interval():
-    samples = np.random.default_rng(1).uniform(1, 2, size=(2, 6, 2))
-    first = ratio_of_medians(samples[0], samples[1], generator())
-    assert first == ratio_of_medians(samples[0], samples[1], generator())
-
-
 def test_a_slow_block_slows_both_sides_and_leaves_the_ratio_alone():
     slow = np.array([1, 1, 1, 1, 1, 1, 4, 4])[:, None]
-    estimate = ratio_of_medians(1.5 * np.ones((8, 2)) * slow, np.ones((8, 2)) * slow, generator())
+    estimate = paired_ratio(1.5 * np.ones((8, 2)) * slow, np.ones((8, 2)) * slow)
     assert estimate.low == estimate.ratio == estimate.high == 1.5
 
 
 def test_smallest_ratio_that_could_be_shown_is_the_wider_side_of_the_interval():
     samples = np.random.default_rng(3).normal(1, 0.05, size=(8, 2))
-    estimate = ratio_of_medians(samples, samples[::-1], generator())
+    estimate = paired_ratio(samples, samples[::-1])
     assert estimate.ratio == 1
     assert estimate.verdict is Verdict.NO_DIFFERENCE_SHOWN
     assert estimate.smallest_shown == max(estimate.ratio / estimate.low, estimate.high / estimate.ratio)
@@ -101,8 +94,8 @@ def test_smallest_ratio_that_could_be_shown_is_the_wider_side_of_the_interval():
 @given(blocks_of_two, st.randoms(use_true_random=False))
 def test_the_interval_holds_the_ratio_and_turns_over_with_the_sides(base, random):
     cand = np.array([[random.uniform(1, 2) for _ in range(2)] for _ in base])
-    forward = ratio_of_medians(base, cand, generator(), resamples=200)
-    backward = ratio_of_medians(cand, base, generator(), resamples=200)
+    forward = paired_ratio(base, cand)
+    backward = paired_ratio(cand, base)
     assert forward.low <= forward.ratio <= forward.high
     # The same draws, turned over: equal but for the interpolation between two neighbouring quantiles.
     assert backward.ratio == pytest.approx(1 / forward.ratio, rel=1e-12)
@@ -112,24 +105,29 @@ def test_the_interval_holds_the_ratio_and_turns_over_with_the_sides(base, random
 @settings(max_examples=40, deadline=None)
 @given(blocks_of_two, st.floats(1e-3, 1e3))
 def test_the_unit_of_time_does_not_matter(base, factor):
-    one = ratio_of_medians(base, base[::-1], generator(), resamples=100)
-    other = ratio_of_medians(base * factor, base[::-1] * factor, generator(), resamples=100)
+    one = paired_ratio(base, base[::-1])
+    other = paired_ratio(base * factor, base[::-1] * factor)
     assert other.ratio == pytest.approx(one.ratio, rel=1e-9)  # rounding of the products
     assert other.low == pytest.approx(one.low, rel=1e-9)
     assert other.high == pytest.approx(one.high, rel=1e-9)
 
 
-def test_intervals_cover_the_true_ratio_about_as_often_as_they_claim():
+@pytest.mark.parametrize("drift", [0.0, 0.02, 0.1])
+@pytest.mark.parametrize("blocks", [6, 8, 13, 40, 70])
+@pytest.mark.parametrize("disturbed", [0.0, 0.1])
+def test_intervals_cover_the_true_ratio_as_often_as_they_claim(drift, blocks, disturbed):
+    """What slows both sides, how many blocks there are, and how often a sample is disturbed: none of it matters."""
     random = np.random.default_rng(5)
-    trials, covered = 300, 0
+    trials, covered, faster = 2000, 0, 0
     for _ in range(trials):
-        drift = random.normal(0, 0.02, size=(8, 1))
-        # Skewed like timings: log-normal, now and then a tenth slower.
-        a, b = np.exp(drift + random.normal(0, 0.03, (2, 8, 2)) + 0.1 * (random.random((2, 8, 2)) < 0.1))
-        estimate = ratio_of_medians(1.2 * a, b, random, resamples=400)
-        covered += estimate.low <= 1.2 <= estimate.high
-    # 0.95 less three standard errors (0.0126 each) of a proportion over 300 trials.
-    assert covered / trials >= 0.91
+        slow = random.normal(0, drift, size=(blocks, 1))
+        a, b = np.exp(slow + random.normal(0, 0.03, (2, blocks, 2)) + 0.1 * (random.random((2, blocks, 2)) < disturbed))
+        covered += (estimate := paired_ratio(1.2 * a, b)).low <= 1.2 <= estimate.high
+        faster += estimate.low > 1.2
+    # Proportions over 2,000 trials have standard errors of 0.5 and 0.35 %; six blocks have an interval of 97 %, and the
+    # next is one of 94 %.
+    assert 0.93 <= covered / trials <= 0.975
+    assert faster / trials <= 0.025 + 3 * 0.0035
 
 
 @pytest.mark.parametrize(
@@ -144,21 +142,15 @@ def test_the_interval_of_a_mean_is_students():
     assert mean_interval([4.0]) == (4.0, -math.inf, math.inf)
 
 
-def test_fewer_blocks_cut_off_less_of_the_tail():
-    tails = [expanded_tail(0.95, count) for count in (4, 8, 30, 1000)]
-    assert tails == sorted(tails)
-    assert tails[-1] == pytest.approx(0.025, rel=0.02)  # towards the plain percentile interval
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: median([]), r"no samples to summarise"),
         (lambda: percentiles([1.0, np.nan]), r"NaN or infinite"),
-        (lambda: ratio_of_medians(np.ones((3, 2)), np.ones((3, 2)), generator()), r"3 blocks are too few"),
-        (lambda: ratio_of_medians(np.ones((5, 2)), np.ones((4, 2)), generator()), r"has 5 blocks and the candidate 4"),
-        (lambda: ratio_of_medians(np.ones(5), np.ones((5, 1)), generator()), r"baseline have shape \(5,\)"),
-        (lambda: ratio_of_medians(np.ones((5, 1)), np.zeros((5, 1)), generator()), r"time of the candidate is not"),
+        (lambda: paired_ratio(np.ones((3, 2)), np.ones((3, 2))), r"3 blocks are too few"),
+        (lambda: paired_ratio(np.ones((7, 2)), np.ones((6, 2))), r"has 7 blocks and the candidate 6"),
+        (lambda: paired_ratio(np.ones(5), np.ones((5, 1))), r"baseline have shape \(5,\)"),
+        (lambda: paired_ratio(np.ones((5, 1)), np.zeros((5, 1))), r"time of the candidate is not"),
     ],
 )
 def test_samples_that_mean_nothing_are_refused(call, message):
