@@ -61,6 +61,7 @@ class BenchConfig:
         threads: compute threads of each engine; None: what the machine offers.
         prompt_tokens: tokens prefilled in each generation.
         new_tokens: tokens then decoded.
+        batch: rows that are decoded together, each with a prompt of its own; prompts are prefilled one by one.
         answers: 'same': both must answer alike; 'own': the weights differ on purpose, so each folder is
             checked by another engine; 'auto': by the weights' digests in both export.json, else 'same'.
         min_blocks, max_blocks: blocks of four generations to time.
@@ -82,6 +83,7 @@ class BenchConfig:
     threads: int | None = None
     prompt_tokens: int = 128
     new_tokens: int = 64
+    batch: int = 1
     answers: AnswerOption = "auto"
     min_blocks: int = 8
     max_blocks: int = 100
@@ -107,6 +109,7 @@ class BenchConfig:
         least = {
             "prompt_tokens": 1,
             "new_tokens": 1,
+            "batch": 1,
             "min_blocks": MIN_BLOCKS,
             "max_blocks": self.min_blocks,
             "max_warmup_blocks": 1,
@@ -339,7 +342,12 @@ class _Run:
         for side in ORDER:
             yield (
                 side,
-                self._engines[side].call("sample", prompt=self._workload.prompt, forced=self._workload.forced),
+                self._engines[side].call(
+                    "sample",
+                    prompt=self._workload.prompt,
+                    forced=self._workload.forced,
+                    batch=self._config.batch,
+                ),
             )
 
     def _interim(self, metric: Literal["prefill", "decode"]) -> RatioEstimate:
@@ -407,8 +415,8 @@ def _engine_result(
         memory_run=memory,
         peak_rss_bytes=max(peaks, default=None),
         peak_was_reset=was_reset,
-        prefill=summarise_prefill(mine, config.prompt_tokens),
-        decode=summarise_decode(mine),
+        prefill=summarise_prefill(mine, config.prompt_tokens * config.batch),
+        decode=summarise_decode(mine, config.batch),
         idle_cpu_fraction=sum(sample.idle_cpu_ms for sample in mine) / idle_wall if idle_wall else 0.0,
     )
 

@@ -18,7 +18,7 @@ from losa_export.eval.bench_report import read_bench
 from losa_export.eval.stats import RatioEstimate, Verdict, change_of_ratio
 
 METRICS = ("prefill", "decode")
-_SAME_SETTINGS = ("prompt_tokens", "new_tokens", "baseline_runtime")
+_SAME_SETTINGS = ("prompt_tokens", "new_tokens", "batch", "baseline_runtime")
 
 
 @dataclass(frozen=True)

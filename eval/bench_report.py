@@ -206,9 +206,9 @@ def summarise_prefill(samples: list[Sample], prompt_tokens: int) -> Timing:
     )
 
 
-def summarise_decode(samples: list[Sample]) -> Timing:
-    """Timing of the output tokens of one side: median over generations, percentiles over tokens."""
+def summarise_decode(samples: list[Sample], batch: int = 1) -> Timing:
+    """Timing of the decode steps of one side, `batch` tokens each: median over generations, percentiles over steps."""
     means = [sample.decode_mean_ms for sample in samples]
     tokens = np.concatenate([sample.decode_ms for sample in samples])
     middle = median(means)
-    return Timing(middle, median_absolute_deviation(means), percentiles(tokens), len(tokens), 1000 / middle)
+    return Timing(middle, median_absolute_deviation(means), percentiles(tokens), len(tokens), 1000 * batch / middle)

@@ -35,13 +35,13 @@ def bench_rows(document: Mapping[str, Any]) -> list[Row]:
     candidate, baseline, config = document["candidate"], document["baseline"], document["config"]
     rows = [
         Row(
-            f"prefill, {config['prompt_tokens']} tokens",
+            f"prefill, {_rows(config)}{config['prompt_tokens']} tokens",
             _ms(candidate["prefill"]["median_ms"]),
             _ms(baseline["prefill"]["median_ms"]),
             *_judged(document["prefill"]),
         ),
         Row(
-            "decode, per token",
+            "decode, per token" if config["batch"] == 1 else f"decode, per step of {config['batch']} rows",
             _ms(candidate["decode"]["median_ms"]),
             _ms(baseline["decode"]["median_ms"]),
             *_judged(document["decode"]),
@@ -77,6 +77,10 @@ def bench_rows(document: Mapping[str, Any]) -> list[Row]:
         ),
     ]
     return rows
+
+
+def _rows(config: Mapping[str, Any]) -> str:
+    return f"{config['batch']} rows of " if config["batch"] > 1 else ""
 
 
 def bench_title(document: Mapping[str, Any]) -> str:

@@ -82,11 +82,11 @@ class Loaded:
 
 @dataclass(frozen=True)
 class RawSample:
-    """One generation: a prefill, then one decode a token.
+    """One generation: a prefill of each row, then one decode step a token.
 
     Attributes:
-        prefill_s: time to the first token's logits.
-        decode_s: (N,) seconds of each decode step.
+        prefill_s: time to the logits of the first token, of the last row.
+        decode_s: (N,) seconds of each decode step, which adds a token to every row.
         probe_s: seconds of a fixed spin on each processor just before.
         cpu_s: processor time of all threads during the generation.
         idle_cpu_s, idle_wall_s: processor time this process burnt, and time that passed, since its
@@ -143,13 +143,13 @@ class EngineSession:
         """Logits of the timed work itself."""
         return workload_logits(self._ready(), workload)
 
-    def sample(self, prompt: NDArray[np.int64], forced: NDArray[np.int64]) -> RawSample:
-        """Time one generation. Raises: BenchmarkError when the answer holds NaN or infinity."""
+    def sample(self, prompt: NDArray[np.int64], forced: NDArray[np.int64], batch: int = 1) -> RawSample:
+        """Time one generation of `batch` rows alike. Raises: BenchmarkError when the answer holds NaN or infinity."""
         idle_cpu, idle_wall = (now - then for now, then in zip(_clocks(), self._idle_since, strict=True))
         runtime = self._ready()
         probe = spin_probe()
-        state = runtime.new_state(1, len(prompt) + len(forced))
-        steps = [np.array([token], dtype=np.int64) for token in forced]
+        state = runtime.new_state(batch, len(prompt) + len(forced))
+        steps = [np.full(batch, token, dtype=np.int64) for token in forced]
         times = np.empty(len(steps) + 2, dtype=np.int64)
         clock = time.perf_counter_ns
         gc.collect()
@@ -157,7 +157,8 @@ class EngineSession:
         before, cpu = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw, time.process_time()
         try:
             times[0] = clock()
-            logits = runtime.prefill(state, 0, prompt)
+            for row in range(batch):
+                logits = runtime.prefill(state, row, prompt)
             times[1] = clock()
             for index, step in enumerate(steps):
                 logits = runtime.decode(state, step)
@@ -167,7 +168,7 @@ class EngineSession:
         cpu = time.process_time() - cpu
         preemptions = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
         settle()
-        if not np.isfinite(logits[-1]).all():
+        if not np.isfinite(logits[-batch:]).all():
             raise BenchmarkError(
                 f"runtime '{runtime.name}' gave NaN or infinite logits while it was timed; its answers are wrong"
             )

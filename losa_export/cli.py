@@ -592,12 +592,24 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("candidate", type=Path, metavar="ONNX", help="exported folder to measure")
     parser.add_argument("--against", type=Path, required=True, metavar="DIR", help="exported folder to compare with")
     runtimes = ("ort", "ort-stock", "torch", "deepsparse")
-    parser.add_argument("--runtime", choices=runtimes, default="ort", help="of the candidate (default: %(default)s)")
+    parser.add_argument(
+        "--runtime",
+        type=lambda text: text.split(","),
+        default=["ort"],
+        metavar="NAME[,NAME…]",
+        help=f"of the candidate: {', '.join(runtimes)} (default: ort)",
+    )
     parser.add_argument(
         "--against-runtime", choices=runtimes, default="ort-stock", help="of the other (default: %(default)s)"
     )
-    parser.add_argument("--prompt", type=int, default=128, metavar="TOKENS", help="prefilled (default: %(default)s)")
-    parser.add_argument("--gen", type=int, default=64, metavar="TOKENS", help="then decoded (default: %(default)s)")
+    for flag, default, text in (
+        ("--prompt", 128, "tokens prefilled"),
+        ("--gen", 64, "tokens then decoded"),
+        ("--batch", 1, "rows decoded together"),
+    ):
+        parser.add_argument(
+            flag, type=_counts, default=[default], metavar="N[,N…]", help=f"{text} (default: {default})"
+        )
     parser.add_argument(
         "--max-time", type=_duration, default=180.0, metavar="TIME", help="of the timed part, at most (default: 3m)"
     )
@@ -611,33 +623,65 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", type=Path, default=Path("bench.json"), metavar="FILE", help="raw samples (default: %(default)s)"
     )
-    _add_threads(parser)
+    parser.add_argument("--csv", type=Path, default=None, metavar="FILE", help="a line for each combination")
+    parser.add_argument("--markdown", type=Path, default=None, metavar="FILE", help="the table")
+    parser.add_argument(
+        "--threads",
+        type=_counts,
+        default=[None],
+        metavar="N[,N…]",
+        help="compute threads (default: the physical cores we may use)",
+    )
     parser.set_defaults(command=_bench)
+
+
+def _counts(text: str) -> list[int]:
+    """Whole numbers such as 1,2,4; their range is the config's business, which names the field."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' are no whole numbers; write for example 1,2") from None
 
 
 def _bench(arguments: argparse.Namespace) -> int:
     from losa_export.eval.bench import BenchConfig, bench
-    from losa_export.eval.report import print_bench
-    from losa_export.files import check_output_file
+    from losa_export.eval.bench_sweep import SweepReport, combinations, sweep
+    from losa_export.eval.report import bench_markdown, print_bench
+    from losa_export.files import check_output_file, write_text_atomic
 
-    check_output_file(arguments.json)
-    report = bench(
-        BenchConfig(
-            candidate=arguments.candidate,
-            baseline=arguments.against,
-            candidate_runtime=arguments.runtime,
-            baseline_runtime=arguments.against_runtime,
-            threads=arguments.threads,
-            prompt_tokens=arguments.prompt,
-            new_tokens=arguments.gen,
-            answers=arguments.answers,
-            min_seconds=min(10.0, arguments.max_time),
-            max_seconds=arguments.max_time,
-        )
+    outputs = [path for path in (arguments.json, arguments.csv, arguments.markdown) if path is not None]
+    for path in outputs:
+        check_output_file(path)
+    common = BenchConfig(
+        candidate=arguments.candidate,
+        baseline=arguments.against,
+        baseline_runtime=arguments.against_runtime,
+        answers=arguments.answers,
+        min_seconds=min(10.0, arguments.max_time),
+        max_seconds=arguments.max_time,
     )
-    report.write(arguments.json)
-    print_bench(report.as_dict())
-    return 0
+    configs = combinations(
+        common,
+        runtimes=arguments.runtime,
+        threads=arguments.threads,
+        batches=arguments.batch,
+        prompts=arguments.prompt,
+        news=arguments.gen,
+    )
+    if len(configs) == 1:
+        single = bench(configs[0])
+        single.write(arguments.json)
+        print_bench(single.as_dict())
+        found, table = SweepReport([single.as_dict()]), bench_markdown(single.as_dict())
+    else:
+        found = sweep(configs, keep=lambda report: report.write(arguments.json))
+        table = found.markdown()
+        print(table, end="")
+    if arguments.csv is not None:
+        write_text_atomic(arguments.csv, found.csv())
+    if arguments.markdown is not None:
+        write_text_atomic(arguments.markdown, table)
+    return EXIT_FAILED if found.failed else 0
 
 
 def _compare_parser() -> argparse.ArgumentParser:

@@ -30,7 +30,7 @@ def record(speed: float, seed: int, *, machine: float = 1.0) -> dict[str, Any]:
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
         "threads": 2,
-        "config": {"prompt_tokens": 8, "new_tokens": 3, "baseline_runtime": "ort-stock"},
+        "config": {"prompt_tokens": 8, "new_tokens": 3, "batch": 1, "baseline_runtime": "ort-stock"},
         "machine": {"cpu_model": "a processor"},
         "baseline": {
             "files": [{"name": "model.onnx", "bytes": 5, "sha256": "ab"}],

@@ -44,6 +44,13 @@ def test_every_sample_does_the_same_work(session):
         assert runtime.calls == [("prefill", 0, 3), ("decode", 1), ("decode", 1)]
 
 
+def test_rows_of_a_batch_are_prefilled_apart_and_decoded_together(session):
+    runtime = session._ready()
+    sample = session.sample(np.array([1, 2, 3]), np.array([4, 5]), batch=2)
+    assert runtime.calls == [("prefill", 0, 3), ("prefill", 1, 3), ("decode", 2), ("decode", 2)]
+    assert len(sample.decode_s) == 2
+
+
 def test_a_timed_answer_that_is_nan_is_an_error(fake_runtime):
     def disturb(kind, row, state, logits):
         return logits * np.float32("nan")
