@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 SECOND_ENGINE: dict[RuntimeName, RuntimeName] = {"ort": "ort-stock", "ort-stock": "ort", "deepsparse": "ort-stock"}
 
 
+_MODEL_FACTS: tuple[str, ...] = ("weights", "values", "head", "sparsity_fraction")
+
+
 def choose_mode(option: AnswerOption, candidate: Path, baseline: Path) -> tuple[AnswerMode, str]:
     """Whether the two folders must answer alike, and what decided it.
 
@@ -45,6 +48,12 @@ def source_digest(folder: Path) -> str | None:
     source = _manifest(folder).get("source")
     digest = source.get("weights_sha256") if isinstance(source, dict) else None
     return digest if isinstance(digest, str) else None
+
+
+def model_facts(folder: Path) -> dict[str, object]:
+    """What an export holds, by its export.json; empty if it has none."""
+    manifest = _manifest(folder)
+    return {name: manifest[name] for name in _MODEL_FACTS if name in manifest}
 
 
 def _manifest(folder: Path) -> dict[str, object]:

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from losa_export.errors import BenchmarkError, ConfigError
-from losa_export.eval.answer_check import check_answers, choose_mode
+from losa_export.eval.answer_check import check_answers, choose_mode, model_facts
 from losa_export.eval.answers import Workload, make_workload
 from losa_export.eval.bench_report import (
     BenchReport,
@@ -406,6 +406,7 @@ def _engine_result(
         folder=config.folder(side).name,
         runtime=config.runtime(side),
         engine=last.description.as_dict(),
+        model=model_facts(config.folder(side)),
         files=files,
         model_bytes=sum(last.description.model_files.values()),
         load_ms=load_ms,

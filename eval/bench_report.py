@@ -72,6 +72,8 @@ class EngineResult:
     Attributes:
         folder: the folder's last name only.
         engine: the runtime's own description: engine, version, threads, kernel row.
+        model: `weights`, `values`, `head` and `sparsity_fraction` of the linears, as far as the folder's export.json
+            tells them.
         files: every file of the folder, hashed.
         model_bytes: graph and weights, without tokenizer and configuration.
         load_ms: each load, in fresh processes, page cache warm.
@@ -90,6 +92,7 @@ class EngineResult:
     folder: str
     runtime: str
     engine: dict[str, Any]
+    model: dict[str, Any]
     files: tuple[FileRecord, ...]
     model_bytes: int
     load_ms: tuple[float, ...]

@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
             "measure an exported model against a dense one; 'losa bench kernels': single products; 'compare': two records",
             _add_bench,
         ),
+        ("report", "one page of benchmarks and training runs: DIR… → report.html", _add_report),
         ("doctor", "examine this CPU: which sparsity pays, with which values", _add_doctor),
         ("synth", "write a random checkpoint of a published shape, for benchmarks", _add_synth),
         ("runtimes", "list, install or remove engines that need an environment of their own", _add_runtimes),
@@ -774,6 +775,33 @@ def _bench_kernels(arguments: argparse.Namespace) -> int:
     )
     report.write(arguments.json)
     print_kernel_bench(report.as_dict())
+    return 0
+
+
+# ---- report -------------------------------------------------------------------------------------------------------
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("places", nargs="+", type=Path, metavar="DIR", help="folders or files with records")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="page to write (default: %(default)s)",
+    )
+    parser.add_argument("--markdown", type=Path, default=None, metavar="FILE", help="the tables as Markdown too")
+    parser.set_defaults(command=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from losa_export.eval.html_report import write_report
+
+    found = write_report(arguments.places, arguments.output, arguments.markdown)
+    for path, reason in found.skipped:
+        print(f"losa: left out '{path}': {reason}", file=sys.stderr)
+    print(f"{arguments.output}: {len(found.benches)} benchmarks, {len(found.runs)} training runs")
     return 0
 
 

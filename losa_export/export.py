@@ -328,6 +328,7 @@ def _write_model(
         **({} if text is None else {"calibration": {"method": _CALIBRATED_METHOD, **text.record()}}),
         "mask_source": plan.source if plan.digests else "none",
         "dense_bytes": 4 * weights,
+        "sparsity_fraction": sum(linear.zeros for linear in sparse.values()) / linears,
         "tensors": {name: linear.as_dict() for name, linear in sparse.items()},
         "notes": [_FOLDING_NOTE] if sparse else [],
     }
@@ -355,7 +356,6 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _report(config: ExportConfig, exporter: Exporter, manifest: dict[str, Any]) -> ExportReport:
-    zeros = sum(entry["zeros"] for entry in manifest["tensors"].values())
     return ExportReport(
         output=config.output,
         exporter=exporter.name,
@@ -364,6 +364,6 @@ def _report(config: ExportConfig, exporter: Exporter, manifest: dict[str, Any]) 
         types=_types(manifest),
         model_bytes=manifest["model_bytes"],
         dense_bytes=manifest["dense_bytes"],
-        sparsity_fraction=zeros / sum(rows * columns for rows, columns in exporter.linears.values()),
+        sparsity_fraction=manifest["sparsity_fraction"],
         gate=manifest["gate"],
     )
