@@ -48,12 +48,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report. `figure` is SVG; `lines` are sentences, of which a list is made."""
+    """A part of the report. `figure` is SVG; of `lines` a list is made, of `commands` a block of code."""
 
     title: str
     table: Table | None = None
     figure: str | None = None
     lines: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
     text: str = ""
 
 
@@ -99,10 +100,11 @@ def _sections(sources: Sources) -> Iterator[Section]:
         yield Section("Size, memory and loading", _size_table(documents))
         yield Section("What was checked, and what to mind", lines=tuple(_remarks(documents)))
         yield Section("Machine", _machine_table(documents))
-        yield Section("How to run it again", lines=tuple(dict.fromkeys(_command(document) for document in documents)))
+        commands = dict.fromkeys(_command(document) for document in documents)
+        yield Section("How to run it again", commands=tuple(commands))
     for run in sources.runs:
         yield Section(
-            f"Training run {run.folder.resolve().name}", _rounds_table(run), rounds_figure(run.rounds, run.folder.name)
+            f"Training: {run.folder.resolve().name}", _rounds_table(run), rounds_figure(run.rounds, run.folder.name)
         )
     if sources.skipped:
         yield Section("Left out", lines=tuple(f"{path.name}: {reason}" for path, reason in sources.skipped))
@@ -120,20 +122,21 @@ def _speed_table(documents: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for document in documents:
         candidate, baseline = document["candidate"], document["baseline"]
-        cells = [_label(document).replace("\n", ", "), f"{baseline['folder']} ({baseline['runtime']})"]
         for metric in ("decode", "prefill"):
             estimate = document[metric]["all_blocks"]
-            cells += [
-                f"{candidate[metric]['median_ms']:.4g}",
-                f"{baseline[metric]['median_ms']:.4g}",
-                f"{estimate['ratio']:.2f}x ({estimate['low']:.2f} – {estimate['high']:.2f})",
-                estimate["verdict"],
-            ]
-        rows.append(tuple(cells))
-    headings = ["candidate", "baseline"]
-    for metric in ("decode", "prefill"):
-        headings += [f"{metric}, ms", "baseline, ms", "ratio (95 %)", "verdict"]
-    return Table(tuple(headings), tuple(rows), frozenset({2, 3, 4, 6, 7, 8}))
+            rows.append(
+                (
+                    _label(document).replace("\n", ", "),
+                    f"{baseline['folder']} ({baseline['runtime']})",
+                    metric,
+                    f"{candidate[metric]['median_ms']:.4g}",
+                    f"{baseline[metric]['median_ms']:.4g}",
+                    f"{estimate['ratio']:.2f}x ({estimate['low']:.2f} – {estimate['high']:.2f})",
+                    estimate["verdict"],
+                )
+            )
+    headings = ("candidate", "baseline", "", "ms", "baseline, ms", "ratio (95 %)", "verdict")
+    return Table(headings, tuple(rows), frozenset({3, 4, 5}))
 
 
 def _by_sparsity(documents: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float, float]]]:
@@ -252,6 +255,8 @@ def _markdown(sections: Sequence[Section]) -> str:
             lines += ["", section.table.markdown()]
         if section.lines:
             lines += ["", *(f"- {line}" for line in section.lines)]
+        if section.commands:
+            lines += ["", "```", *section.commands, "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -267,6 +272,8 @@ def _page(sections: Sequence[Section], sources: Sources) -> str:
             parts.append(section.table.html())
         if section.lines:
             parts.append("<ul>" + "".join(f"<li>{escape(line)}</li>" for line in section.lines) + "</ul>")
+        if section.commands:
+            parts.append(f"<pre class=wide>{escape(chr(10).join(section.commands))}</pre>")
         parts.append("</section>")
     body = "\n".join([*parts, _downloads(sources)])
     return (
@@ -292,11 +299,17 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0; }
 main { max-width: 62rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
-figure { margin: 1rem 0; max-width: 46rem; } figure svg { width: 100%; height: auto; }
-.wide { overflow-x: auto; }
+figure { margin: 1rem 0; max-width: 46rem; overflow-x: auto; }
+figure svg { width: 100%; min-width: 34rem; height: auto; }
+.wide { overflow-x: auto; } pre { font-size: 0.85rem; }
+td:first-child { min-width: 9rem; }
 table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #8a8f9855; text-align: left; vertical-align: top; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 li { overflow-wrap: anywhere; }
-@media print { body { color-scheme: light; } .wide { overflow: visible; } table { font-size: 0.7rem; } }
+@media print {
+  body { color-scheme: light; }
+  .wide { overflow: visible; } pre { white-space: pre-wrap; }
+  table { font-size: 0.7rem; } figure svg { min-width: 0; } section { break-inside: avoid-page; }
+}
 """
