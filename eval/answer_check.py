@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from losa_export.eval.bench import AnswerOption, BenchConfig
 
 # The same file on another engine. A checkpoint in torch has no second opinion: it is the definition.
-SECOND_ENGINE: dict[RuntimeName, RuntimeName] = {"ort": "ort-stock", "ort-stock": "ort", "deepsparse": "ort-stock"}
+SECOND_ENGINE: dict[RuntimeName, RuntimeName] = {
+    "ort": "ort-stock",
+    "ort-stock": "ort",
+    "genai": "ort-stock",
+    "deepsparse": "ort-stock",
+}
 
 
 _MODEL_FACTS: tuple[str, ...] = ("weights", "values", "head", "sparsity_fraction")

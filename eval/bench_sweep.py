@@ -124,16 +124,27 @@ def sweep_row(run: Mapping[str, Any]) -> dict[str, Any]:
 def combinations(
     config: BenchConfig,
     *,
-    runtimes: Sequence[RuntimeName],
+    engines: Sequence[tuple[RuntimeName, Path | None]],
     threads: Sequence[int | None],
     batches: Sequence[int],
     prompts: Sequence[int],
     news: Sequence[int],
 ) -> list[BenchConfig]:
-    """`config` with every combination of these in place of its own, the last changing fastest."""
+    """`config` with every combination of these in place of its own, the last changing fastest.
+
+    An engine is a runtime and the folder it opens, None for the one of `config`: not every engine reads every folder.
+    """
     return [
-        replace(config, candidate_runtime=runtime, threads=count, batch=batch, prompt_tokens=prompt, new_tokens=new)
-        for runtime, count, batch, prompt, new in product(runtimes, threads, batches, prompts, news)
+        replace(
+            config,
+            candidate=folder or config.candidate,
+            candidate_runtime=runtime,
+            threads=count,
+            batch=batch,
+            prompt_tokens=prompt,
+            new_tokens=new,
+        )
+        for (runtime, folder), count, batch, prompt, new in product(engines, threads, batches, prompts, news)
     ]
 
 

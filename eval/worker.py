@@ -35,6 +35,7 @@ Loader = Callable[..., Runtime]
 _MODULES = {
     "ort": "losa_export.runtimes.ort",
     "ort-stock": "losa_export.runtimes.ort",
+    "genai": "losa_export.runtimes.genai",
     "torch": "losa_export.runtimes.torch_cpu",
     "deepsparse": "losa_export.runtimes.deepsparse",
 }

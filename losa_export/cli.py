@@ -592,13 +592,13 @@ def _export(arguments: argparse.Namespace) -> int:
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("candidate", type=Path, metavar="ONNX", help="exported folder to measure")
     parser.add_argument("--against", type=Path, required=True, metavar="DIR", help="exported folder to compare with")
-    runtimes = ("ort", "ort-stock", "torch", "deepsparse")
+    runtimes = ("ort", "ort-stock", "genai", "torch", "deepsparse")
     parser.add_argument(
         "--runtime",
-        type=lambda text: text.split(","),
-        default=["ort"],
-        metavar="NAME[,NAME…]",
-        help=f"of the candidate: {', '.join(runtimes)} (default: ort)",
+        type=_engines,
+        default=[("ort", None)],
+        metavar="NAME[:DIR][,NAME…]",
+        help=f"of the candidate: {', '.join(runtimes)}; with DIR another folder for that engine (default: ort)",
     )
     parser.add_argument(
         "--against-runtime", choices=runtimes, default="ort-stock", help="of the other (default: %(default)s)"
@@ -636,6 +636,12 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_bench)
 
 
+def _engines(text: str) -> list[tuple[Any, Path | None]]:
+    """Runtimes such as ort,deepsparse:ds/ with their folders; an unknown name is the config's business."""
+    pairs = [word.partition(":") for word in text.split(",")]
+    return [(name, Path(folder) if folder else None) for name, _, folder in pairs]
+
+
 def _counts(text: str) -> list[int]:
     """Whole numbers such as 1,2,4; their range is the config's business, which names the field."""
     try:
@@ -663,7 +669,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     )
     configs = combinations(
         common,
-        runtimes=arguments.runtime,
+        engines=arguments.runtime,
         threads=arguments.threads,
         batches=arguments.batch,
         prompts=arguments.prompt,
@@ -888,6 +894,7 @@ def _list_runtimes(_: argparse.Namespace) -> int:
     for name, text in (
         ("ort", "ONNX Runtime with our kernels: in this environment"),
         ("ort-stock", "ONNX Runtime without them: in this environment"),
+        ("genai", "onnxruntime-genai: in this environment (extra 'genai')"),
         ("torch", "PyTorch, for checkpoints: in this environment (extra 'train')"),
     ):
         print(f"{name:<12}{text}")

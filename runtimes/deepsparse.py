@@ -16,40 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from losa_export.errors import CheckpointError, EngineUnavailableError, InputError, RuntimeFailureError
+from losa_export.errors import CheckpointError, EngineUnavailableError, RuntimeFailureError
 from losa_export.onnx_file import MODEL_FILE
-from losa_export.runtimes.base import (
-    DecodeState,
-    RuntimeDescription,
-    check_next_tokens,
-    check_open,
-    check_prompt,
-    check_state_size,
-    file_sizes,
-)
+from losa_export.runtimes.base import RuntimeDescription, file_sizes
+from losa_export.runtimes.by_row import Float32, Int64, Row, RowRuntime, RowState
 from losa_export.runtimes.threads import resolve_threads
-
-Float32 = NDArray[np.float32]
-Int64 = NDArray[np.int64]
 
 PROFILE = "deepsparse"
 _PAST = "past_key_values."
-
-
-class DeepSparseState:
-    """One cache inside the engine for each row; `rows[i]` is None until a prompt is read into it."""
-
-    def __init__(self, batch: int, capacity: int) -> None:
-        self.lengths: Int64 = np.zeros(batch, np.int64)
-        self.capacity = capacity
-        self.rows: list[Any] = [None] * batch
-
-    def reset(self, row: int) -> None:
-        """Empty one row."""
-        self.rows[row] = None
-        self.lengths[row] = 0
 
 
 @dataclass
@@ -60,19 +35,18 @@ class _Programs:
     engines: dict[int, Any] = field(default_factory=dict)
 
 
-class DeepSparseRuntime:
+class DeepSparseRuntime(RowRuntime):
     """A decoder graph on DeepSparse; see `losa_export.runtimes.base.Runtime`."""
 
     name = "deepsparse"
 
     def __init__(self, folder: Path, threads: int, vocab_size: int, max_positions: int) -> None:
+        super().__init__(vocab_size, max_positions)
         self._folder, self._threads = folder, threads
-        self.vocab_size, self.max_positions = vocab_size, max_positions
         self._library: Any = import_module("deepsparse.engine")
         self._programs = _Programs(0)
         self._compile_seconds: list[float] = []
         self._supported = 1.0
-        self._closed = False
 
     @classmethod
     def load(cls, folder: Path, *, threads: int | None = None) -> DeepSparseRuntime:
@@ -106,32 +80,23 @@ class DeepSparseRuntime:
         vocabulary = logits.type.tensor_type.shape.dim[2].dim_value
         return cls(folder, resolve_threads(threads), int(vocabulary), int(table.dims[0]))
 
-    def new_state(self, batch: int, capacity: int) -> DeepSparseState:
+    def new_state(self, batch: int, capacity: int) -> RowState:
         """An empty cache; compiles what decodes with one of that length, unless it is there."""
-        check_open(self._closed, self.name)
-        check_state_size(batch, capacity, self.max_positions)
+        state = super().new_state(batch, capacity)
         self._engine(1, capacity)
-        return DeepSparseState(batch, capacity)
+        return state
 
-    def prefill(self, state: DecodeState, row: int, token_ids: Int64) -> Float32:
-        """Read a prompt into one empty row, in pieces; (S, V) float32. Pieces of a new length are compiled for."""
-        check_open(self._closed, self.name)
-        prompt = check_prompt(state, row, token_ids, self.vocab_size)
-        if not isinstance(state, DeepSparseState):
-            raise _foreign_state()
-        state.rows[row] = self._library.LIB.kv_cache(0, 0)
-        ends = np.cumsum(pieces(prompt.size, state.capacity))[:-1]
-        return np.concatenate([self._run(state, row, piece) for piece in np.split(prompt, ends)])
+    def begin(self, row: Row) -> None:
+        """See `RowRuntime.begin`: a cache inside the engine."""
+        row.handle = self._library.LIB.kv_cache(0, 0)
 
-    def decode(self, state: DecodeState, token_ids: Int64) -> Float32:
-        """Append one token to each row, one row after the other; (batch, V) float32."""
-        check_open(self._closed, self.name)
-        tokens = check_next_tokens(state, token_ids, self.vocab_size)
-        if not isinstance(state, DeepSparseState):
-            raise _foreign_state()
-        if any(row is None for row in state.rows):
-            raise InputError("a row of the cache is empty; read a prompt into each row first")
-        return np.concatenate([self._run(state, row, tokens[row : row + 1]) for row in range(tokens.size)])
+    def append(self, row: Row, ids: Int64) -> Float32:
+        """See `RowRuntime.append`. Many tokens enter in pieces; pieces of a new length are compiled for."""
+        past, found = row.length, []
+        for piece in np.split(ids, np.cumsum(pieces(ids.size, row.capacity))[:-1]):
+            found.append(self._run(row, past, piece))
+            past += piece.size
+        return np.concatenate(found)
 
     def describe(self) -> RuntimeDescription:
         """The engine, its threads, how much of the graph it accelerates, and the files."""
@@ -151,16 +116,12 @@ class DeepSparseRuntime:
 
     def close(self) -> None:
         """Drop what was compiled."""
+        super().close()
         self._programs = _Programs(0)
-        self._closed = True
 
-    def _run(self, state: DeepSparseState, row: int, ids: Int64) -> Float32:
-        """Logits (S, V) of some tokens behind those of the row, which they join.
-
-        Tokens stand at the end of the cache's length. All programs of a cache must agree on that length.
-        """
-        engine = self._engine(ids.size, state.capacity)
-        past, total = int(state.lengths[row]), program_length(state.capacity)
+    def _run(self, row: Row, past: int, ids: Int64) -> Float32:
+        """Run one piece. Tokens stand at the end of the cache's length, on which all programs of a cache must agree."""
+        engine, total = self._engine(ids.size, row.capacity), program_length(row.capacity)
         places = np.arange(total)
         mask = (places >= total - past - ids.size).astype(np.int64)[None]
         queries = places[total - ids.size :, None]
@@ -177,10 +138,9 @@ class DeepSparseRuntime:
             for name in engine.input_names
         ]
         try:
-            found: Float32 = np.array(engine._eng_net.execute_list_out(inputs, state.rows[row])[0][0])
+            found: Float32 = np.array(engine._eng_net.execute_list_out(inputs, row.handle)[0][0])
         except Exception as error:  # the engine's own exceptions have no documented base
             raise RuntimeFailureError(f"DeepSparse failed while running the model: {error}") from error
-        state.lengths[row] += ids.size
         return found
 
     def _engine(self, tokens: int, capacity: int) -> Any:
@@ -254,7 +214,3 @@ def _fresh(values: Int64) -> Int64:
     copy: Int64 = np.empty(values.shape, np.int64)
     copy[...] = values
     return copy
-
-
-def _foreign_state() -> InputError:
-    return InputError("this state was made by another runtime; make it with new_state() of this one")

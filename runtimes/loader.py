@@ -12,8 +12,9 @@ def load_runtime(name: RuntimeName, folder: Path, *, threads: int | None = None)
     """Load `folder` on one engine.
 
     Args:
-        name: 'ort' (ONNX Runtime with our kernels), 'ort-stock' (the same file without them), 'torch' (a Hugging
-            Face checkpoint through transformers) or 'deepsparse' (in that engine's own environment alone).
+        name: 'ort' (ONNX Runtime with our kernels), 'ort-stock' (the same file without them), 'genai'
+            (onnxruntime-genai), 'torch' (a Hugging Face checkpoint through transformers) or 'deepsparse' (in that
+            engine's own environment alone).
         folder: an exported `onnx/`, or a checkpoint for 'torch'.
         threads: compute threads within one operation; None takes what the machine offers.
 
@@ -23,7 +24,7 @@ def load_runtime(name: RuntimeName, folder: Path, *, threads: int | None = None)
         UnsafePathError: when external data leaves the folder.
         FormatError: when a compressed weight contradicts itself.
         KernelError: when 'ort' was asked for and the native library or the kernel row is missing.
-        MissingDependencyError: when 'torch' was asked for and is not installed.
+        MissingDependencyError: when 'genai' or 'torch' was asked for and is not installed.
         EngineUnavailableError: when 'deepsparse' was asked for where it cannot be imported.
         RuntimeFailureError: when the engine refuses the model for another reason.
     """
@@ -31,6 +32,10 @@ def load_runtime(name: RuntimeName, folder: Path, *, threads: int | None = None)
         from losa_export.runtimes.ort import OrtRuntime
 
         return OrtRuntime.load(folder, threads=threads, custom_op=name == "ort")
+    if name == "genai":
+        from losa_export.runtimes.genai import GenaiRuntime
+
+        return GenaiRuntime.load(folder, threads=threads)
     if name == "torch":
         from losa_export.runtimes.torch_cpu import TorchRuntime
 

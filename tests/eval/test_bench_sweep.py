@@ -53,7 +53,12 @@ def common(tmp_path: Path) -> BenchConfig:
 
 def all_of(common: BenchConfig) -> list[BenchConfig]:
     return combinations(
-        common, runtimes=["ort", "deepsparse"], threads=[1, None], batches=[1, 4], prompts=[16], news=[8, 64]
+        common,
+        engines=[("ort", None), ("deepsparse", Path("ds"))],
+        threads=[1, None],
+        batches=[1, 4],
+        prompts=[16],
+        news=[8, 64],
     )
 
 
@@ -65,6 +70,7 @@ def test_every_combination_comes_once_the_lengths_changing_fastest(common: Bench
         ("ort", 1, 1, 64),
         ("ort", 1, 4, 8),
     ]
+    assert {(one.candidate_runtime, one.candidate.name) for one in configs} == {("ort", "sparse"), ("deepsparse", "ds")}
 
 
 def test_a_run_that_fails_costs_no_other_and_each_is_kept_at_once(common: BenchConfig) -> None:
@@ -107,7 +113,7 @@ def test_the_command_writes_all_its_outputs_and_fails_if_a_run_did(
     assert json.loads(outputs["json"].read_text())["schema"] == bench_sweep.SCHEMA
     assert outputs["csv"].read_text().count("\n") == 3
     assert outputs["markdown"].read_text() == capsys.readouterr().out
-    assert cli.main([*words, "--runtime", "ort,deepsparse"]) == 1
+    assert cli.main([*words, "--runtime", "ort,deepsparse:ds"]) == 1
     assert len(json.loads(outputs["json"].read_text())["failed"]) == 2
 
 
