@@ -24,6 +24,7 @@ SECOND_ENGINE: dict[RuntimeName, RuntimeName] = {
     "ort-stock": "ort",
     "genai": "ort-stock",
     "deepsparse": "ort-stock",
+    "openvino": "ort-stock",
 }
 
 

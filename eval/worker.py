@@ -38,6 +38,7 @@ _MODULES = {
     "genai": "losa_export.runtimes.genai",
     "torch": "losa_export.runtimes.torch_cpu",
     "deepsparse": "losa_export.runtimes.deepsparse",
+    "openvino": "losa_export.runtimes.openvino",
 }
 # About 2 ms of pure arithmetic: long enough that the clock's grain is nothing, short beside a sample.
 _PROBE_ITERATIONS = 4000

@@ -592,7 +592,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("candidate", type=Path, metavar="ONNX", help="exported folder to measure")
     parser.add_argument("--against", type=Path, required=True, metavar="DIR", help="exported folder to compare with")
-    runtimes = ("ort", "ort-stock", "genai", "torch", "deepsparse")
+    runtimes = ("ort", "ort-stock", "genai", "torch", "deepsparse", "openvino")
     parser.add_argument(
         "--runtime",
         type=_engines,

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from losa_export.errors import CheckpointError, KernelError, MissingDependencyError, RuntimeFailureError
+from losa_export.errors import KernelError, MissingDependencyError, RuntimeFailureError
 from losa_export.runtimes import native
 from losa_export.runtimes.base import RuntimeDescription, file_sizes
 from losa_export.runtimes.by_row import Float32, Int64, Row, RowRuntime
+from losa_export.runtimes.folder_settings import model_sizes
 from losa_export.runtimes.threads import resolve_threads
-
-_SETTINGS_FILE = "genai_config.json"
 
 
 class GenaiRuntime(RowRuntime):
@@ -24,8 +23,7 @@ class GenaiRuntime(RowRuntime):
     name = "genai"
 
     def __init__(self, module: Any, folder: Path, threads: int, custom_op: bool) -> None:
-        settings = _settings(folder)
-        super().__init__(int(settings["vocab_size"]), int(settings["context_length"]))
+        super().__init__(*model_sizes(folder))
         self._module, self._folder, self._threads, self._custom_op = module, folder, threads, custom_op
         options: dict[str, object] = {"intra_op_num_threads": threads}
         if custom_op:
@@ -88,16 +86,3 @@ class GenaiRuntime(RowRuntime):
         """Drop the model; its memory is free once no state of it is left."""
         super().close()
         self._model = None
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """The section `model` of genai_config.json. Raises: CheckpointError if it is missing or incomplete."""
-    try:
-        settings = json.loads((folder / _SETTINGS_FILE).read_text(encoding="utf-8"))["model"]
-        if isinstance(settings, dict) and {"vocab_size", "context_length"} <= settings.keys():
-            return settings
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise CheckpointError(
-        f"'{folder}' has no usable {_SETTINGS_FILE}; export it with: losa export (profile 'ort')", path=folder
-    )

@@ -92,6 +92,14 @@ ENGINES: Mapping[str, IsolatedEngine] = {
             # The engine would report its use over the network otherwise.
             variables={"NM_DISABLE_ANALYTICS": "1"},
         ),
+        IsolatedEngine(
+            name="openvino",
+            version="2026.4.1",
+            module="openvino",
+            licence="Apache-2.0",
+            pythons=((3, 11), (3, 12), (3, 13)),
+            platforms=(("linux", "x86_64"), ("linux", "aarch64")),
+        ),
     )
 }
 

@@ -13,8 +13,8 @@ def load_runtime(name: RuntimeName, folder: Path, *, threads: int | None = None)
 
     Args:
         name: 'ort' (ONNX Runtime with our kernels), 'ort-stock' (the same file without them), 'genai'
-            (onnxruntime-genai), 'torch' (a Hugging Face checkpoint through transformers) or 'deepsparse' (in that
-            engine's own environment alone).
+            (onnxruntime-genai), 'torch' (a Hugging Face checkpoint through transformers), 'deepsparse' or 'openvino'
+            (each in that engine's own environment alone).
         folder: an exported `onnx/`, or a checkpoint for 'torch'.
         threads: compute threads within one operation; None takes what the machine offers.
 
@@ -25,7 +25,7 @@ def load_runtime(name: RuntimeName, folder: Path, *, threads: int | None = None)
         FormatError: when a compressed weight contradicts itself.
         KernelError: when 'ort' was asked for and the native library or the kernel row is missing.
         MissingDependencyError: when 'genai' or 'torch' was asked for and is not installed.
-        EngineUnavailableError: when 'deepsparse' was asked for where it cannot be imported.
+        EngineUnavailableError: when 'deepsparse' or 'openvino' was asked for where it cannot be imported.
         RuntimeFailureError: when the engine refuses the model for another reason.
     """
     if name in ("ort", "ort-stock"):
@@ -44,4 +44,8 @@ def load_runtime(name: RuntimeName, folder: Path, *, threads: int | None = None)
         from losa_export.runtimes.deepsparse import DeepSparseRuntime
 
         return DeepSparseRuntime.load(folder, threads=threads)
+    if name == "openvino":
+        from losa_export.runtimes.openvino import OpenVinoRuntime
+
+        return OpenVinoRuntime.load(folder, threads=threads)
     raise ConfigError(f"runtime {name!r} is not known; choose one of {', '.join(RUNTIME_NAMES)}", field="runtime")

@@ -118,7 +118,7 @@ def test_another_python_on_the_path_is_found(
 
 
 def test_a_name_that_is_none_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigError, match="there are deepsparse"):
+    with pytest.raises(ConfigError, match="there are deepsparse, openvino"):
         isolated_engine("deepspars")
     assert main(["runtimes", "install", "deepspars"]) == 1
     assert "is no engine with an environment of its own" in capsys.readouterr().err
