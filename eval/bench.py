@@ -6,10 +6,11 @@ threads, prompt and output lengths. Each block gives a ratio; their centre carri
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,8 +32,9 @@ from losa_export.eval.bench_report import (
 )
 from losa_export.eval.engine import Engine, EngineProcess
 from losa_export.eval.machine import machine_record
+from losa_export.eval.other_load import OtherLoad, other_load, read_cpu_times, usable_cpus
 from losa_export.eval.parity import GateThresholds
-from losa_export.eval.stats import MIN_BLOCKS, RatioEstimate, agree_within, median, paired_ratio
+from losa_export.eval.stats import MIN_BLOCKS, RatioEstimate, Verdict, agree_within, median, paired_ratio
 from losa_export.eval.worker import Loaded, MemoryUse, RawSample
 from losa_export.files import input_folder, sha256_of
 from losa_export.progress import Progress
@@ -44,6 +46,8 @@ ORDER: tuple[Side, ...] = ("candidate", "baseline", "baseline", "candidate")
 SIDES: tuple[Side, ...] = ("candidate", "baseline")
 DISTURBED_SPIN = 1.05
 _IDLE_LIMIT = 0.05
+# Where other processes took more of our processors than this, nothing is said of who was faster.
+_MOST_OTHER_LOAD = 0.1
 
 AnswerOption = Literal["auto", "same", "own"]
 # Makes the engine for a label that runs a runtime.
@@ -204,7 +208,11 @@ def bench(config: BenchConfig, *, launch: Launch | None = None, show_progress: b
         was_reset = {side: bool(engines[side].call("reset_peak")) for side in SIDES}
         run = _Run(config, engines, workload, show_progress)
         warmup_blocks, stationary = run.warm_up()
+        pids = [os.getpid(), *(pid for pid in (engine.pid for engine in engines.values()) if pid is not None)]
+        cpus = usable_cpus()
+        before = read_cpu_times(pids, cpus)
         timed_seconds = run.measure()
+        load = other_load(before, read_cpu_times(pids, cpus), timed_seconds, len(cpus))
         memory: dict[Side, MemoryUse] = {side: engines[side].call("memory") for side in SIDES}
 
     samples = mark_disturbed(run.samples)
@@ -215,6 +223,9 @@ def bench(config: BenchConfig, *, launch: Launch | None = None, show_progress: b
     candidate, baseline = results["candidate"], results["baseline"]
     prefill = compare_sides(samples, lambda sample: sample.prefill_ms)
     decode = compare_sides(samples, lambda sample: sample.decode_mean_ms)
+    too_busy = load is not None and load.others > _MOST_OTHER_LOAD
+    if too_busy:
+        prefill, decode = without_verdict(prefill), without_verdict(decode)
     peaks = candidate.peak_rss_bytes, baseline.peak_rss_bytes
     return BenchReport(
         created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -232,8 +243,9 @@ def bench(config: BenchConfig, *, launch: Launch | None = None, show_progress: b
         warmup_blocks=warmup_blocks,
         stationary=stationary,
         timed_seconds=timed_seconds,
+        other_load=load,
         samples=samples,
-        warnings=tuple(_warnings(config, results, prefill, decode, samples, stationary)),
+        warnings=tuple(_warnings(config, results, prefill, decode, samples, stationary, load)),
     )
 
 
@@ -269,6 +281,15 @@ def mark_disturbed(raw: list[tuple[Side, int, RawSample]]) -> tuple[Sample, ...]
             idle_wall_ms=1e3 * sample.idle_wall_s,
         )
         for order, (side, block, sample) in enumerate(raw)
+    )
+
+
+def without_verdict(comparison: Comparison) -> Comparison:
+    """The same figures, and nothing said of who was faster."""
+    quiet = comparison.quiet_blocks
+    return Comparison(
+        replace(comparison.all_blocks, verdict=Verdict.NO_VERDICT),
+        None if quiet is None else replace(quiet, verdict=Verdict.NO_VERDICT),
     )
 
 
@@ -429,7 +450,13 @@ def _warnings(
     decode: Comparison,
     samples: tuple[Sample, ...],
     stationary: bool,
+    load: OtherLoad | None,
 ) -> Iterator[str]:
+    if load is not None and load.others > _MOST_OTHER_LOAD:
+        yield (
+            f"other processes took {load.others:.0%} of the processors while this was timed (at most "
+            f"{_MOST_OTHER_LOAD:.0%} is allowed), so no verdict is given; stop them and run again"
+        )
     if not stationary:
         yield (
             f"after {config.max_warmup_blocks} warm-up blocks two neighbours still differed by more than "

@@ -70,7 +70,12 @@ def _change(before: Mapping[str, Any], after: Mapping[str, Any], metric: str) ->
 
 
 def _check_comparable(documents: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> None:
-    """Raises: BenchmarkError naming the first thing that differs."""
+    """Raises: BenchmarkError naming the first thing that differs, or the record that has no verdict."""
+    for document, path in zip(documents, paths, strict=True):
+        if any(document[metric]["all_blocks"]["verdict"] == Verdict.NO_VERDICT for metric in METRICS):
+            raise BenchmarkError(
+                f"'{path}' was measured on a machine too busy for a verdict; measure it again in quiet", path=path
+            )
     facts: list[dict[str, Any]] = [
         {
             "baseline's files": {file["name"]: file["sha256"] for file in document["baseline"]["files"]},

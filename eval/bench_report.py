@@ -11,6 +11,7 @@ import numpy as np
 
 from losa_export.errors import InputError
 from losa_export.eval.machine import MachineRecord
+from losa_export.eval.other_load import OtherLoad
 from losa_export.eval.parity import GateReport, ParityFigures
 from losa_export.eval.stats import RatioEstimate, median, median_absolute_deviation, percentiles
 from losa_export.eval.worker import MemoryUse
@@ -160,6 +161,7 @@ class BenchReport:
     warmup_blocks: int
     stationary: bool
     timed_seconds: float
+    other_load: OtherLoad | None
     samples: tuple[Sample, ...]
     warnings: tuple[str, ...]
 

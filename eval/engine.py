@@ -23,6 +23,11 @@ class Engine(Protocol):
 
     label: str
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process that computes; None if it is this one."""
+        ...
+
     def call(self, command: str, **arguments: Any) -> Any:
         """Run one command and give back its value."""
         ...
@@ -77,6 +82,11 @@ class EngineProcess:
             raise
         finally:
             theirs.close()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child."""
+        return self._process.pid
 
     def call(self, command: str, **arguments: Any) -> Any:
         """Run `command` in the child.

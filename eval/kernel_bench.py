@@ -131,7 +131,7 @@ class KernelBenchConfig:
     def plan(self) -> TimingPlan:
         """Of each case."""
         if self.quick:
-            return TimingPlan(seconds=self.seconds or 2.0, min_blocks=4)
+            return TimingPlan(seconds=self.seconds or 2.0)
         return TimingPlan(seconds=self.seconds or 8.0)
 
     def ring_bytes(self, cache_bytes: int) -> int:

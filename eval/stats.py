@@ -29,6 +29,8 @@ class Verdict(StrEnum):
     FASTER = "FASTER"
     SLOWER = "SLOWER"
     NO_DIFFERENCE_SHOWN = "NO DIFFERENCE SHOWN"
+    # Of a run that somebody else's work took part in, whatever its interval.
+    NO_VERDICT = "NO VERDICT"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class RatioEstimate:
         low, high: ends of the interval at `confidence`.
         confidence: for example 0.95.
         blocks: paired blocks behind it.
-        verdict: FASTER if low > 1, SLOWER if high < 1, else NO DIFFERENCE SHOWN.
+        verdict: FASTER if low > 1, SLOWER if high < 1, else NO DIFFERENCE SHOWN; NO VERDICT where the machine was too
+            busy to give one.
         smallest_shown: the smallest ratio (above 1) that an interval of this width could have told
             from 1, in either direction: a true speed-up below it would have gone unseen.
     """

@@ -16,6 +16,7 @@ from losa_export.eval.answer_check import choose_mode, source_digest
 from losa_export.eval.bench import BenchConfig, bench, compare_sides, mark_disturbed
 from losa_export.eval.bench_report import SCHEMA_VERSION, read_bench
 from losa_export.eval.machine import machine_record
+from losa_export.eval.other_load import CpuTimes
 from losa_export.eval.parity import GateThresholds, thresholds_for
 from losa_export.eval.report import bench_markdown, bench_notes, bench_rows, print_bench
 from losa_export.eval.stats import Verdict
@@ -25,6 +26,8 @@ from losa_export.runtimes.base import RuntimeDescription
 
 class LocalEngine:
     """An engine in this process, over a fake runtime."""
+
+    pid = None
 
     def __init__(self, label, load, journal):
         self.label = label
@@ -63,6 +66,7 @@ def run(fake_runtime, folders, monkeypatch):
     monkeypatch.setattr(worker, "settle", lambda: None)
     monkeypatch.setattr(worker, "gc", SimpleNamespace(collect=lambda: 0, disable=lambda: None, enable=lambda: None))
     monkeypatch.setattr(bench_module, "machine_record", lambda: record)
+    monkeypatch.setattr(bench_module, "read_cpu_times", lambda pids, cpus: None)
 
     def run(models=None, fail=None, **options):
         journal, engines = [], []
@@ -105,6 +109,18 @@ def test_the_report_is_a_documented_document_with_every_raw_sample(run, tmp_path
     assert document["decode"]["all_blocks"]["blocks"] == 6
     assert document["machine"]["python"].startswith("3.")
     assert str(tmp_path) not in json.dumps(document)
+
+
+def test_a_machine_that_works_for_others_gets_no_verdict(run, monkeypatch):
+    times = iter([CpuTimes(100.0, 0.0, 50.0), CpuTimes(1e6, 1.0, 50.0)])
+    monkeypatch.setattr(bench_module, "read_cpu_times", lambda pids, cpus: next(times))
+    document = run().report.as_dict()
+    for metric in ("prefill", "decode"):
+        assert document[metric]["all_blocks"]["verdict"] == "NO VERDICT"
+        assert document[metric]["all_blocks"]["ratio"] > 0
+    assert document["other_load"]["others"] > 0.1
+    assert document["warnings"][0].startswith("other processes took ")
+    assert "no verdict is given; stop them and run again" in document["warnings"][0]
 
 
 def test_engines_alternate_in_blocks_of_a_b_b_a(run):

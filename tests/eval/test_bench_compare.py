@@ -36,8 +36,8 @@ def record(speed: float, seed: int, *, machine: float = 1.0) -> dict[str, Any]:
             "files": [{"name": "model.onnx", "bytes": 5, "sha256": "ab"}],
             "engine": {"engine": "onnxruntime", "version": "1.0"},
         },
-        "prefill": {"all_blocks": {"ratio": speed}},
-        "decode": {"all_blocks": {"ratio": speed}},
+        "prefill": {"all_blocks": {"ratio": speed, "verdict": "FASTER"}},
+        "decode": {"all_blocks": {"ratio": speed, "verdict": "FASTER"}},
         "samples": samples,
     }
 
@@ -93,6 +93,14 @@ def test_what_cannot_be_compared_is_refused(
     other[place[0]][place[1]] = value
     before, after = map(Path, write(tmp_path, record(1.0, 0), other))
     with pytest.raises(BenchmarkError, match=message):
+        compare_records(before, after)
+
+
+def test_a_record_without_a_verdict_is_no_ground_for_one(tmp_path: Path) -> None:
+    busy = record(1.0, 1)
+    busy["decode"]["all_blocks"]["verdict"] = "NO VERDICT"
+    before, after = map(Path, write(tmp_path, record(1.0, 0), busy))
+    with pytest.raises(BenchmarkError, match=r"1\.json' was measured on a machine too busy"):
         compare_records(before, after)
 
 

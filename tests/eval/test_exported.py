@@ -60,7 +60,7 @@ def kernels():
 
 
 def short(candidate, baseline, **options):
-    fixed = {"prompt_tokens": 8, "new_tokens": 4, "min_blocks": 4, "max_blocks": 4, "min_seconds": 0.0, "threads": 1}
+    fixed = {"prompt_tokens": 8, "new_tokens": 4, "min_blocks": 6, "max_blocks": 6, "min_seconds": 0.0, "threads": 1}
     fixed |= {"max_warmup_blocks": 2, "load_samples": 1, "timeout_s": 120.0}
     return BenchConfig(candidate, baseline, **(fixed | options))
 
@@ -76,7 +76,7 @@ def test_sparse_and_dense_exports_of_one_checkpoint_are_compared_in_processes_of
     assert document["candidate"]["peak_rss_bytes"] > 10_000_000
     assert document["candidate"]["engine"]["engine"] == "onnxruntime"
     assert {file["name"] for file in document["candidate"]["files"]} >= {"model.onnx", "model.onnx.data", "export.json"}
-    assert len(document["samples"]) == 16
+    assert len(document["samples"]) == 24
     assert str(exports["sparse"].parent) not in json.dumps(document)
     assert "against dense (ort-stock), 1 thread" in bench_markdown(document)
 
