@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from losa_export.errors import MissingDependencyError
-from losa_export.training.journal import RoundRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from losa_export.training.journal import RoundRecord
 
 # Stands for the page's text colour until the picture is written.
 _INK = "#010203"

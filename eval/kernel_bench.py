@@ -130,9 +130,7 @@ class KernelBenchConfig:
     @property
     def plan(self) -> TimingPlan:
         """Of each case."""
-        if self.quick:
-            return TimingPlan(seconds=self.seconds or 2.0)
-        return TimingPlan(seconds=self.seconds or 8.0)
+        return TimingPlan(seconds=self.seconds or (2.0 if self.quick else 8.0))
 
     def ring_bytes(self, cache_bytes: int) -> int:
         """Bytes that the copies of a weight must exceed, given those of the last level of cache."""

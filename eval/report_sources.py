@@ -6,11 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from losa_export.errors import InputError
 from losa_export.eval import bench_report, bench_sweep
-from losa_export.training.journal import JOURNAL_FILE, RoundRecord, read_journal
+
+if TYPE_CHECKING:
+    from losa_export.training.journal import RoundRecord
 
 # Records larger than this are something else.
 _LARGEST_BYTES = 256 * 2**20
@@ -52,6 +54,8 @@ def find_sources(places: Sequence[Path]) -> Sources:
 
     Raises: InputError if a place is missing, or none holds a record.
     """
+    from losa_export.training.journal import JOURNAL_FILE
+
     benches: list[BenchSource] = []
     runs: list[RunSource] = []
     skipped: list[tuple[Path, str]] = []
@@ -73,6 +77,8 @@ def find_sources(places: Sequence[Path]) -> Sources:
 
 
 def _add_run(file: Path, runs: list[RunSource], skipped: list[tuple[Path, str]]) -> None:
+    from losa_export.training.journal import read_journal
+
     try:
         rounds = tuple(read_journal(file.parent))
     except (OSError, ValueError, TypeError, KeyError) as error:

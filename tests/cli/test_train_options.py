@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from losa_export.cli import _parser, _train_config, main
+from losa_export.cli import _parser, main
+from losa_export.commands.train import train_config
 from losa_export.errors import ConfigError, InputError
 from losa_export.training.config import TrainConfig, read_run_config
 from losa_export.training.journal import read_journal
@@ -18,7 +19,7 @@ from losa_export.training.settings import preset_file, preset_names, read_settin
 
 
 def config_of(model: Path, *options: str) -> TrainConfig:
-    return _train_config(_parser().parse_args(["train", str(model), "-o", "run", "--text", "t.txt", *options]))
+    return train_config(_parser().parse_args(["train", str(model), "-o", "run", "--text", "t.txt", *options]))
 
 
 def train_actions() -> list[argparse.Action]:
@@ -88,7 +89,7 @@ def test_a_config_file_counts_paths_from_its_own_folder_and_options_win(tmp_path
         "[environment]\nthreads = 2\n"
     )
     arguments = ["train", str(tmp_path), "-o", "run", "--config", str(tmp_path / "mine.toml"), "--rank", "5"]
-    config = _train_config(_parser().parse_args(arguments))
+    config = train_config(_parser().parse_args(arguments))
     assert (config.sparsity_fraction, config.rank) == (0.6, 5)
     assert (config.tuning_text, config.calibration_text) == ((tmp_path / "a.txt",), (tmp_path / "b.txt",))
 
