@@ -67,9 +67,11 @@ class RowRuntime(ABC):
         prompt = check_prompt(state, row, token_ids, self.vocab_size)
         if not isinstance(state, RowState):
             raise _foreign_state()
-        state.rows[row] = sequence = Row(None, state.capacity)
+        sequence = Row(None, state.capacity)
         self.begin(sequence)
         logits = self.append(sequence, prompt)
+        # Not before: an engine that fails leaves the row empty.
+        state.rows[row] = sequence
         state.lengths[row] = sequence.length = prompt.size
         return logits
 

@@ -198,15 +198,15 @@ def pieces(prompt: int, capacity: int) -> list[int]:
     return [prompt // count + (index < prompt % count) for index in range(count)]
 
 
-def _sizes(name: str, tokens: int, capacity: int) -> tuple[int | None, ...]:
+def _sizes(name: str, tokens: int, total: int) -> tuple[int | None, ...]:
     """The fixed sizes of a graph input; None where the graph fixes it already."""
     if name in ("input_ids", "positions"):
         return 1, tokens
     if name == "attention_mask":
-        return 1, capacity
+        return 1, total
     if name == "causal_mask":
-        return 1, None, tokens, capacity
-    return 1, None, capacity - tokens, None
+        return 1, None, tokens, total
+    return 1, None, total - tokens, None
 
 
 def _fresh(values: Int64) -> Int64:
