@@ -83,6 +83,8 @@ class TrainConfig:
             that no padding enters a statistic.
         add_bos: put the beginning-of-text token before each document.
         add_eos: put the end-of-text token between packed documents, and at the end of each unpacked one.
+        spaced_fraction: share of the paragraphs, of tuning and calibration text, whose punctuation is set off by
+            spaces, as in tokenised corpora (`losa_export.training.spacing`).
         calibration_windows: windows for the activation statistics of each round.
         calibration_window: tokens in one of these; None is `window`.
         dtype: how the frozen block weights are held. Adapters are always float32.
@@ -152,6 +154,7 @@ class TrainConfig:
     packing: bool = True
     add_bos: bool = False
     add_eos: bool = True
+    spaced_fraction: float = 0.0
     calibration_windows: int = 16
     calibration_window: int | None = None
     dtype: Dtype = "fp32"
@@ -209,6 +212,7 @@ class TrainConfig:
             value = getattr(self, name)
             self._require(name, 0.0 <= value < math.inf, "it must be 0 or a positive finite number")
         self._require("warmup_fraction", 0.0 <= self.warmup_fraction < 1.0, "it must lie in [0, 1)")
+        self._require("spaced_fraction", 0.0 <= self.spaced_fraction <= 1.0, "it must lie in [0, 1]")
         self._require("adapter_dropout", 0.0 <= self.adapter_dropout < 1.0, "it must lie in [0, 1)")
         self._require("seed", self.seed >= 0, "it must not be negative")
         self._choice("dtype", ("fp32", "bf16"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from losa_export.text import check_token_ids, load_tokenizer, read_documents, to
 from losa_export.text_rows import Message
 from losa_export.training.config import FREE_ON_RESUME, TrainConfig, to_table
 from losa_export.training.pattern import Pattern
+from losa_export.training.spacing import space_some
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,9 @@ def check_inputs(config: TrainConfig) -> TrainInputs:
     bos = _bos(config, spec) if config.add_bos else None
     eos = spec.eos_token_ids[0] if config.add_eos and spec.eos_token_ids else None
     render_chat = _chat_renderer(config)
-    tuning_documents = read_documents(config.tuning_text, render_chat)
+    tuning_documents = _read(config, config.tuning_text, render_chat)
     calibration_documents = (
-        read_documents(config.calibration_text, render_chat) if config.calibration_text else tuning_documents
+        _read(config, config.calibration_text, render_chat) if config.calibration_text else tuning_documents
     )
     calibration = token_windows(
         calibration_documents,
@@ -104,6 +106,13 @@ def check_inputs(config: TrainConfig) -> TrainInputs:
         "calibration text": [sha256_of(path) for path in config.calibration_files],
     }
     return TrainInputs(spec, calibration, tuning, weight_hashes, tokenizer_hash, {**settings, **contents})
+
+
+def _read(
+    config: TrainConfig, files: Sequence[Path], render_chat: Callable[[Sequence[Message]], str] | None
+) -> list[str]:
+    """The documents of some text files, as they are tuned on."""
+    return space_some(read_documents(files, render_chat), config.spaced_fraction, config.seed)
 
 
 def _bos(config: TrainConfig, spec: DecoderSpec) -> int:

@@ -67,6 +67,14 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     )
     _add_switch(text, "--bos", "add_bos", "begin each document with the model's token for that (default: no)")
     _add_switch(text, "--eos", "add_eos", "end each document with the model's token for that (default: yes)")
+    _add_setting(
+        text,
+        "--spaced-fraction",
+        "spaced_fraction",
+        fraction,
+        "S",
+        "of the paragraphs, set punctuation off by spaces, as in tokenised corpora such as WikiText (default: 0.0)",
+    )
     pruning = parser.add_argument_group("pruning")
     _add_setting(pruning, "--rounds", "rounds", int, "T", "prune-then-tune rounds (default: 5)")
     _add_setting(
