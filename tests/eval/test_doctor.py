@@ -260,7 +260,7 @@ def test_a_small_run_measures_each_kind_of_value_against_each_rival(quiet_memory
     report.write(path)
     document = json.loads(path.read_text())
     assert document == report.as_dict()
-    assert (document["schema"], document["schema_version"], document["missing"]) == ("losa-doctor", 1, None)
+    assert (document["schema"], document["schema_version"], document["missing"]) == ("losa-doctor", 2, None)
     assert [row[0] for row in payoff_rows(document)] == list(native.VALUE_TYPES)
     assert [len(row) for row in time_rows(document)] == [4] * (len(native.VALUE_TYPES) + 4)
     text = printed(report)

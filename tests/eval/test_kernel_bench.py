@@ -485,22 +485,22 @@ def test_fewer_tokens_are_held_against_the_same_products(generator):
 def test_engines_take_turns_there_and_back_and_rest_after_each():
     clock = FakeClock()
     engines = fakes(clock, ort_fp32=0.1, torch_fp32=0.2, torch_bf16=0.3)
-    timings = measure(engines, TimingPlan(0, 4), probe=lambda: (1.0,), clock=clock)
-    assert len(timings.disturbed) == 4
+    timings = measure(engines, TimingPlan(0, 6), probe=lambda: (1.0,), clock=clock)
+    assert len(timings.disturbed) == 6
     block = [name for name in clock.order if name != "rest"][6:12]
     assert block == ["ort-fp32", "torch-fp32", "torch-bf16", "torch-bf16", "torch-fp32", "ort-fp32"]
-    assert clock.order.count("rest") == 3 + 4 * 6
-    assert timings.elapsed_s == pytest.approx(4 * 2 * 0.6)
+    assert clock.order.count("rest") == 3 + 6 * 6
+    assert timings.elapsed_s == pytest.approx(6 * 2 * 0.6)
     # Two products in a run, and two turns of one run in a block.
-    assert timings.seconds[1] == pytest.approx(np.full((4, 2), 0.1))
+    assert timings.seconds[1] == pytest.approx(np.full((6, 2), 0.1))
 
 
 def test_a_short_run_is_repeated_and_warmed_up_in_its_turn():
     clock = FakeClock()
     [engine] = fakes(clock, ort_fp32=lambda run: 0.01)
-    timings = measure([engine], TimingPlan(0, 4, turn_seconds=0.03), probe=lambda: (1.0,), clock=clock)
-    assert np.shape(timings.seconds) == (1, 4, 6)
-    assert engine.runs == 2 + 4 * 2 * (1 + 3)
+    timings = measure([engine], TimingPlan(0, 6, turn_seconds=0.03), probe=lambda: (1.0,), clock=clock)
+    assert np.shape(timings.seconds) == (1, 6, 6)
+    assert engine.runs == 2 + 6 * 2 * (1 + 3)
 
 
 def test_timing_goes_on_for_the_time_asked_for_but_not_beyond_the_most_blocks():
@@ -524,13 +524,13 @@ def test_bandwidth_is_read_at_both_ends_of_each_block():
     clock = FakeClock()
     rates = iter(range(1, 100))
     timings = measure(
-        fakes(clock, ort_fp32=0.5), TimingPlan(0, 4), bandwidth=lambda: next(rates), probe=lambda: (1.0,), clock=clock
+        fakes(clock, ort_fp32=0.5), TimingPlan(0, 6), bandwidth=lambda: next(rates), probe=lambda: (1.0,), clock=clock
     )
-    assert timings.bandwidth == tuple(range(1, 9))
+    assert timings.bandwidth == tuple(range(1, 13))
 
 
 def test_too_few_blocks_for_an_interval_are_refused():
-    with pytest.raises(BenchmarkError, match="3 to 60 blocks were asked for; an interval needs at least 4"):
+    with pytest.raises(BenchmarkError, match="3 to 60 blocks were asked for; an interval needs at least 6"):
         TimingPlan(1.0, min_blocks=3)
 
 
@@ -595,9 +595,9 @@ def small_case(*, shift=0.0):
     engines[1].spec, engines[2].spec = peer_specs(["ort-int4-block32", "ort-int4-block128"], 256)
     ours = FakeEngine(EngineSpec(value=value_kind("int8"), row="avx2", sparsity=0.7), clock, lambda _: 0.01 + shift)
     engines.append(ours)
-    plan = TimingPlan(0, 4, turn_seconds=0.01)
+    plan = TimingPlan(0, 6, turn_seconds=0.01)
     timings = measure(engines, plan, bandwidth=lambda: 1e6, probe=lambda: (1.0,), clock=clock)
-    return case_of(Shape(64, 256, ("a", "b")), 0.7, 2, engines, [0.0, 0.1, 0.2, 0.3], timings, 0)
+    return case_of(Shape(64, 256, ("a", "b")), 0.7, 2, engines, [0.0, 0.1, 0.2, 0.3], timings)
 
 
 def test_ratios_are_to_float32_and_to_the_fastest_dense_int4():
@@ -625,7 +625,7 @@ def test_without_peers_or_bandwidth_there_is_no_ratio_and_no_share():
     clock = FakeClock()
     ours = FakeEngine(EngineSpec(value=value_kind("int8"), row="avx2"), clock, lambda _: 0.01)
     timings = Timings((((0.1,),) * 4,), (False,) * 4, (), 1.0)
-    case = case_of(Shape(64, 256), 0.7, 1, [ours], [0.0], timings, 0)
+    case = case_of(Shape(64, 256), 0.7, 1, [ours], [0.0], timings)
     assert case.strongest_int4 is None
     assert case.timings[0].against_fp32 is case.timings[0].against_int4 is case.timings[0].bandwidth_share is None
     assert kernel_rows(json.loads(json.dumps(_plain(case))))[0][-2:] == ("", "")
@@ -687,7 +687,7 @@ def test_a_tiny_run_measures_every_case_and_writes_what_it_prints(kernels, monke
     report.write(path)
     document = json.loads(path.read_text())
     assert document == report.as_dict()
-    assert (document["schema"], document["schema_version"]) == ("losa-kernel-bench", 1)
+    assert (document["schema"], document["schema_version"]) == ("losa-kernel-bench", 2)
     assert document["kernel"]["row"] == row
     assert document["config"]["rows"] == [row]
     assert str(tmp_path) not in path.read_text()

@@ -265,7 +265,7 @@ def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_runtime_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="runtime 'gpu' is not known; choose one of ort, ort-stock, torch"):
+    with pytest.raises(ConfigError, match="runtime 'gpu' is not known; choose one of ort, ort-stock, genai, torch"):
         load_runtime("gpu", tmp_path)  # type: ignore[arg-type]
 
 
