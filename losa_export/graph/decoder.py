@@ -55,7 +55,10 @@ class DecoderBuilder:
         nodes.prefix = ""
         x = self._end(x, skip)
         table = layout.embedding if spec.tied_embeddings else layout.head
-        logits = self._store.head(nodes, x, table, self._profile.head)
+        if self._profile.copies_head:
+            logits = self._store.exact_linear(nodes, x, table, output="logits")
+        else:
+            logits = self._store.head(nodes, x, table, self._profile.head)
         logits.type = ir.TensorType(ir.DataType.FLOAT)
         logits.shape = ir.Shape(["batch", "sequence", spec.vocab_size])
         return self._model(graph_inputs, [logits, *presents], profile_name, producer)

@@ -83,6 +83,8 @@ class Profile(Protocol):
 
     opset_imports: ClassVar[dict[str, int]]
     ir_version: int
+    # Whether the head has a transposed matrix of its own, even where the embedding's is the same.
+    copies_head: bool
 
     @property
     def cache_heads(self) -> int:
@@ -162,6 +164,7 @@ class OrtProfile:
 
     opset_imports: ClassVar[dict[str, int]] = {"": OPSET, CONTRIB: 1}
     ir_version = IR_VERSION
+    copies_head = False
 
     def __init__(self, spec: DecoderSpec) -> None:
         self._spec = spec
@@ -258,6 +261,7 @@ class StandardProfile:
 
     opset_imports: ClassVar[dict[str, int]] = {"": OPSET}
     ir_version = IR_VERSION
+    copies_head = False
     takes_packed = False
 
     def __init__(self, spec: DecoderSpec) -> None:

@@ -91,9 +91,9 @@ class WeightStore:
             return plain(nodes, x, table.tensors[0])
         return self._on_table(nodes, self.head_format.dense_op, x, name, output="logits")
 
-    def exact_linear(self, nodes: NodeList, x: ir.Value, name: str) -> ir.Value:
+    def exact_linear(self, nodes: NodeList, x: ir.Value, name: str, *, output: str | None = None) -> ir.Value:
         """Append x Wᵀ for a weight (N, K) outside the blocks, which is never pruned or rounded."""
-        return nodes.add("MatMul", [x, self._transposed(name, self.source.read(name))])
+        return nodes.add("MatMul", [x, self._transposed(name, self.source.read(name))], output=output)
 
     def linear(self, nodes: NodeList, x: ir.Value, names: Sequence[str], *, bias: bool) -> ir.Value:
         """Append x Wᵀ (+ b) for linear modules that read the same x, their outputs side by side.
