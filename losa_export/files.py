@@ -17,6 +17,11 @@ from losa_export.errors import InputError, OutputError, UnsafePathError
 _CHUNK_BYTES = 1 << 22
 
 
+def cache_folder() -> Path:
+    """Where we keep what can be made again: in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "losa-export"
+
+
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes, read in chunks."""
     digest = hashlib.sha256()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 from losa_export.embedded import EMBEDDED_TEXT, TextParts, write_embedded_text
 from losa_export.errors import CheckpointError, InputError, MissingDependencyError
+from losa_export.files import cache_folder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt")
@@ -48,8 +48,7 @@ def default_text() -> TextParts:
 
     Raises: MissingDependencyError with the command that installs the text; OutputError if the cache cannot be written.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "losa-export"
-    folder = cache / f"{EMBEDDED_TEXT.package}-{EMBEDDED_TEXT.version}"
+    folder = cache_folder() / f"{EMBEDDED_TEXT.package}-{EMBEDDED_TEXT.version}"
     parts = TextParts.inside(folder)
     if all(path.is_file() for path in (parts.calibration, parts.tuning, parts.validation)):
         return parts

@@ -196,6 +196,21 @@ def check_next_tokens(state: DecodeState, token_ids: NDArray[np.int64], vocab_si
     return tokens
 
 
+def causal_mask(mask: NDArray[np.int64], sequence: int) -> NDArray[np.int64]:
+    """(batch, 1, sequence, total): 1 where one of the last `sequence` tokens sees a token, itself always.
+
+    Args:
+        mask: (batch, total), 1 where a token stands and not padding.
+        sequence: new tokens, which are the last ones.
+    """
+    total = mask.shape[1]
+    places = np.arange(total)
+    queries = places[total - sequence :, None]
+    visible = (places <= queries) & mask[:, None, None, :].astype(bool)
+    seen: NDArray[np.int64] = (visible | (places == queries)).astype(np.int64)
+    return seen
+
+
 def check_open(closed: bool, name: str) -> None:
     """Raise InputError when a runtime is used after close()."""
     if closed:

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from losa_export.errors import CheckpointError, EngineUnavailableError, RuntimeFailureError
+from losa_export.errors import CheckpointError, RuntimeFailureError
 from losa_export.onnx_file import MODEL_FILE
-from losa_export.runtimes.base import RuntimeDescription, file_sizes
+from losa_export.runtimes.base import RuntimeDescription, causal_mask, file_sizes
 from losa_export.runtimes.by_row import Float32, Int64, Row, RowRuntime, RowState
+from losa_export.runtimes.isolated import not_importable
 from losa_export.runtimes.threads import resolve_threads
 
 PROFILE = "deepsparse"
@@ -61,11 +62,7 @@ class DeepSparseRuntime(RowRuntime):
             onnx = import_module("onnx")
             import_module("deepsparse")
         except ImportError as error:
-            raise EngineUnavailableError(
-                f"DeepSparse cannot be imported here ({error}); it has an environment of its own, which 'losa bench' "
-                "uses by itself: losa runtimes install deepsparse",
-                engine="deepsparse",
-            ) from error
+            raise not_importable("DeepSparse", "deepsparse", error) from error
         if not (folder / MODEL_FILE).is_file():
             raise CheckpointError(f"'{folder}' has no {MODEL_FILE}; export it with: losa export", path=folder)
         model = onnx.load(str(folder / MODEL_FILE), load_external_data=False)
@@ -122,14 +119,12 @@ class DeepSparseRuntime(RowRuntime):
     def _run(self, row: Row, past: int, ids: Int64) -> Float32:
         """Run one piece. Tokens stand at the end of the cache's length, on which all programs of a cache must agree."""
         engine, total = self._engine(ids.size, row.capacity), program_length(row.capacity)
-        places = np.arange(total)
-        mask = (places >= total - past - ids.size).astype(np.int64)[None]
-        queries = places[total - ids.size :, None]
+        mask = (np.arange(total) >= total - past - ids.size).astype(np.int64)[None]
         given = {
             "input_ids": ids[None],
             "positions": past + np.arange(ids.size)[None],
             "attention_mask": mask,
-            "causal_mask": ((places <= queries) & mask.astype(bool)).astype(np.int64)[None, None],
+            "causal_mask": causal_mask(mask, ids.size),
         }
         shapes = dict(zip(engine.input_names, engine.input_shapes, strict=True))
         inputs = [

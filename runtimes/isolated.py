@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from losa_export.errors import ConfigError, EngineUnavailableError
+from losa_export.files import cache_folder
 
 MARKER = "losa-engine.json"
 # What a worker imports of ours; all of it runs with numpy alone.
@@ -114,9 +115,23 @@ def isolated_engine(name: str) -> IsolatedEngine:
 
 
 def engines_folder() -> Path:
-    """Where environments are: in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "losa-export" / "engines"
+    """Where environments are."""
+    return cache_folder() / "engines"
+
+
+def not_importable(title: str, name: str, error: ImportError) -> EngineUnavailableError:
+    """The error of a runtime that was loaded outside of its engine's environment.
+
+    Args:
+        title: the engine as its makers spell it.
+        name: as `ENGINES` has it.
+        error: what its import raised.
+    """
+    return EngineUnavailableError(
+        f"{title} cannot be imported here ({error}); it has an environment of its own, which 'losa bench' uses by "
+        f"itself: losa runtimes install {name}",
+        engine=name,
+    )
 
 
 def borrowing(program: str) -> str:

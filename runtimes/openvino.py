@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from losa_export.errors import CheckpointError, EngineUnavailableError, RuntimeFailureError
+from losa_export.errors import CheckpointError, RuntimeFailureError
 from losa_export.onnx_file import MODEL_FILE
 from losa_export.runtimes.base import RuntimeDescription, file_sizes
 from losa_export.runtimes.by_row import Float32, Int64, Row, RowRuntime
 from losa_export.runtimes.folder_settings import model_sizes
+from losa_export.runtimes.isolated import not_importable
 from losa_export.runtimes.threads import resolve_threads
 
 _PAST, _PRESENT = "past_key_values.", "present."
@@ -45,11 +46,7 @@ class OpenVinoRuntime(RowRuntime):
         try:
             openvino = import_module("openvino")
         except ImportError as error:
-            raise EngineUnavailableError(
-                f"OpenVINO cannot be imported here ({error}); it has an environment of its own, which 'losa bench' "
-                "uses by itself: losa runtimes install openvino",
-                engine="openvino",
-            ) from error
+            raise not_importable("OpenVINO", "openvino", error) from error
         if not (folder / MODEL_FILE).is_file():
             raise CheckpointError(f"'{folder}' has no {MODEL_FILE}; export it with: losa export", path=folder)
         count = resolve_threads(threads)

@@ -21,6 +21,7 @@ from losa_export.errors import CheckpointError, InputError
 from losa_export.runtimes.base import (
     DecodeState,
     RuntimeDescription,
+    causal_mask,
     check_next_tokens,
     check_open,
     check_prompt,
@@ -257,21 +258,6 @@ class OrtRuntime:
         logits = self._run(binding, ids, positions, mask, what)
         # Outputs come in the order in which they were bound, with the logits last.
         return logits, list(binding.get_outputs()[: len(self.layout.outputs)])
-
-
-def causal_mask(mask: Int64, sequence: int) -> Int64:
-    """(batch, 1, sequence, total): 1 where one of the last `sequence` tokens sees a token, itself always.
-
-    Args:
-        mask: (batch, total), 1 where a token stands and not padding.
-        sequence: new tokens, which are the last ones.
-    """
-    total = mask.shape[1]
-    places = np.arange(total)
-    queries = places[total - sequence :, None]
-    visible = (places <= queries) & mask[:, None, None, :].astype(bool)
-    seen: Int64 = (visible | (places == queries)).astype(np.int64)
-    return seen
 
 
 def bind_shared(binding: Any, layout: CacheLayout, buffers: list[Float32]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -134,8 +135,6 @@ class Study:
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
     """A folder that is empty at first and gone at the end: models are large."""
-    import shutil
-
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:

@@ -13,9 +13,9 @@ from losa_export.errors import CheckpointError, ConfigError, EngineUnavailableEr
 from losa_export.eval.bench import BenchConfig, bench
 from losa_export.eval.engine import EngineProcess
 from losa_export.export import ExportConfig, export_onnx
+from losa_export.runtimes.base import causal_mask
 from losa_export.runtimes.deepsparse import DeepSparseRuntime, pieces, program_length
 from losa_export.runtimes.isolated import ENGINES
-from losa_export.runtimes.ort import causal_mask
 from tests.conftest import write_tiny_checkpoint
 
 ENGINE = ENGINES["deepsparse"]
