@@ -7,6 +7,7 @@ are taken over by the others: on unlike processors sums differ in their last bit
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -88,3 +89,16 @@ def is_first_process() -> bool:
     from accelerate import PartialState
 
     return bool(PartialState().is_main_process)
+
+
+def end_launched(code: int) -> None:
+    """End this process with an exit code if it is one of several; come back if nothing has been launched.
+
+    It spares Python's own ending, which aborts some runs that had finished: a thread of Gloo that drops the last tensor
+    it sent asks for the interpreter, which is just going away, and DistributedDataParallel keeps these threads alive
+    even where the process group is destroyed.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

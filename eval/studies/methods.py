@@ -232,6 +232,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--minutes", type=float, metavar="N", help="wall time of each run, pruning included, in place of --steps"
     )
+    parser.add_argument(
+        "--spaced-fraction",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of the text to tune and calibrate on, with punctuation set off by spaces, for all (default: %(default)s)",
+    )
     parser.add_argument("--compute", metavar="TYPE", help="fp32, bf16 or auto for all (default: as each method says)")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="where to train (default: cpu)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME", help="default: all")
@@ -259,7 +266,7 @@ def _study(options: argparse.Namespace) -> Study:
         raise ConfigError("there is no text to judge by; give --text or --wikitext", field="text")
     for text in texts:
         text.cut(options.model)  # too short a text shows before the first hour, not after it
-    fields = ("batch_size", "window", "calibration_windows", "calibration_window", "rank", "compute", "device")
+    fields = ("batch_size", "window", "calibration_windows", "calibration_window", "rank", "compute", "spaced_fraction")
     timed = options.minutes is not None
     budget = Budget(
         model=options.model.resolve(),
@@ -267,6 +274,7 @@ def _study(options: argparse.Namespace) -> Study:
         calibration_text=tuple(path.resolve() for path in options.calibration),
         steps=None if timed else options.steps,
         time_budget_seconds=60.0 * options.minutes if timed else None,
+        device=options.device,
         **{field: getattr(options, field) for field in fields},
     )
     files = [*options.tune, *options.calibration, *(text.path for text in texts)]

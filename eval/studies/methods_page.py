@@ -169,10 +169,12 @@ def _section(document: Record) -> list[str]:
 def _extent(budget: Record) -> str:
     """How much every method is tuned."""
     step = f"{budget['batch_size']} windows of {budget['window']} tokens"
+    spaced = budget.get("spaced_fraction", 0.0)  # older results have none
+    form = f", punctuation set off by spaces in {spaced:.0%} of the paragraphs," if spaced else ""
     if budget["steps"] is None:
-        return f"{duration(budget['time_budget_seconds'])} for pruning and tuning together, in steps of {step}"
+        return f"{duration(budget['time_budget_seconds'])} for pruning and tuning together, in steps of {step}{form}"
     tokens = budget["steps"] * budget["batch_size"] * budget["window"]
-    return f"{budget['steps']} steps of {step} ({tokens:,} tokens)"
+    return f"{budget['steps']} steps of {step} ({tokens:,} tokens){form}"
 
 
 def _quality(text: str, cells: Sequence[Record], names: Sequence[str], sparsities: Sequence[str]) -> list[str]:

@@ -106,6 +106,7 @@ class Budget:
         calibration_window: tokens in one of these.
         rank: mean rank of the adapters in the last round, which is what is merged.
         compute: dtype of activations; None leaves it to the method.
+        spaced_fraction: as of `TrainConfig`; a matter of the text, so one for all.
         device: where to train.
     """
 
@@ -120,6 +121,7 @@ class Budget:
     calibration_window: int = 256
     rank: int = 10
     compute: Compute | None = None
+    spaced_fraction: float = 0.0
     device: Literal["auto", "cpu", "cuda"] = "cpu"
 
 
@@ -206,6 +208,7 @@ def _tuning_config(method: Method, budget: Budget, output: Path) -> TrainConfig:
         "window": budget.window,
         "calibration_windows": budget.calibration_windows,
         "calibration_window": budget.calibration_window,
+        "spaced_fraction": budget.spaced_fraction,
         # One order of the same whole windows for all: a text file of many stories is one document.
         "packing": True,
         "add_bos": False,

@@ -295,6 +295,14 @@ def train_config(arguments: argparse.Namespace) -> TrainConfig:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    code = _train_and_tell(arguments)
+    from losa_export.training.processes import end_launched
+
+    end_launched(code)
+    return code
+
+
+def _train_and_tell(arguments: argparse.Namespace) -> int:
     from losa_export.progress import duration
 
     config = train_config(arguments)
