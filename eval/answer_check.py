@@ -18,13 +18,16 @@ from losa_export.runtimes.base import RuntimeName
 if TYPE_CHECKING:
     from losa_export.eval.bench import AnswerOption, BenchConfig
 
-# The same file on another engine. A checkpoint in torch has no second opinion: it is the definition.
+# The same weights on another engine. A checkpoint in torch has no second opinion: it is the definition. Beside a GGUF
+# file lies a checkpoint of the very weights in it.
 SECOND_ENGINE: dict[RuntimeName, RuntimeName] = {
     "ort": "ort-stock",
     "ort-stock": "ort",
     "genai": "ort-stock",
     "deepsparse": "ort-stock",
     "openvino": "ort-stock",
+    "optimum": "ort-stock",
+    "llamacpp": "torch",
 }
 
 

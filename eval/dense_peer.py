@@ -8,7 +8,6 @@ constant matrix, the head included, as MatMulNBits with accuracy level 4, ONNX R
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from losa_export.checkpoint import copy_companions
-from losa_export.errors import ConfigError, FormatError, LosaError
-from losa_export.files import check_output, input_folder, output_folder, write_text_atomic
-from losa_export.graph.external import DATA_FILE, MODEL_FILE, ModelFolder, check_external_data
-from losa_export.graph.genai import GENAI_FILE
-from losa_export.graph.manifest import MANIFEST_FILE
-from losa_export.progress import Progress
+from losa_export.errors import ConfigError, LosaError
+from losa_export.eval.rewritten import Replacement, write_rewritten
+from losa_export.graph.external import ModelFolder
 
 BITS = (4, 8)
 BLOCKS = (16, 32, 64, 128, 256)
@@ -43,46 +38,22 @@ def quantise_dense(source: Path, output: Path, *, bits: int = 4, block: int = 32
         FormatError: there is no product to rewrite.
         InputError, OutputError: the source cannot be read, or the output not written.
     """
-    import onnx
-
     if bits not in BITS or block not in BLOCKS:
         raise ConfigError(f"bits is {bits} and block {block}; choose from {BITS} and {BLOCKS}")
-    check_output(output, overwrite=overwrite, inputs=[source])
-    model = check_external_data(input_folder(source, what="source"))
-    products = [node for node in model.proto.graph.node if _is_product(node, model)]
-    if not products:
-        raise FormatError(f"'{source}' has no product with a constant matrix; export it with --weights dense")
-    with (
-        output_folder(output, overwrite=overwrite, inputs=[source]) as folder,
-        Progress("rounding", len(products), "products") as progress,
-    ):
-        added = []
-        for node in products:
-            added += _rewrite(node, model, bits, block)
-            progress.advance()
-        used = {name for node in model.proto.graph.node for name in node.input}
-        kept = [_loaded(one, model) for one in model.proto.graph.initializer if one.name in used]
-        del model.proto.graph.initializer[:]
-        model.proto.graph.initializer.extend([*kept, *added])
-        onnx.save_model(
-            model.proto, str(folder / MODEL_FILE), save_as_external_data=True, location=DATA_FILE, size_threshold=1024
-        )
-        copy_companions(source, folder)
-        # What 'losa bench' wants to know: other weights than the source's, and how exact the answers can be.
-        kind = f"int{bits}, blocks of {block}"
-        record = {"format": "losa-dense-peer-1", "values": kind, "head": kind, "activations": "int8"}
-        write_text_atomic(folder / MANIFEST_FILE, json.dumps(record, indent=2) + "\n")
-        if (source / GENAI_FILE).is_file():
-            (folder / GENAI_FILE).write_bytes((source / GENAI_FILE).read_bytes())
-    return len(products)
+    # What 'losa bench' wants to know: other weights than the source's, and how exact the answers can be.
+    kind = f"int{bits}, blocks of {block}"
+    record = {"format": "losa-dense-peer-1", "values": kind, "head": kind, "activations": "int8"}
+    return write_rewritten(
+        source,
+        output,
+        lambda model: lambda node: _nbits(node, model, bits, block),
+        record,
+        overwrite=overwrite,
+    )
 
 
-def _is_product(node: Any, model: ModelFolder) -> bool:
-    return node.op_type in ("MatMul", "FusedMatMul") and node.input[1] in model.tensors
-
-
-def _rewrite(node: Any, model: ModelFolder, bits: int, block: int) -> list[Any]:
-    """Make `node` a MatMulNBits. Returns: its new initializers."""
+def _nbits(node: Any, model: ModelFolder, bits: int, block: int) -> Replacement:
+    """The product as a MatMulNBits, and its new initializers."""
     import onnx
 
     from losa_export.eval.kernel_bench_weights import nbits_weight
@@ -94,19 +65,15 @@ def _rewrite(node: Any, model: ModelFolder, bits: int, block: int) -> list[Any]:
         block //= 2
     rounded = nbits_weight(np.ascontiguousarray(weight), bits, block)
     names = {short: f"{name}.int{bits}.{short}" for short in rounded.tensors}
-    x = node.input[0]
-    del node.input[:], node.attribute[:]
-    node.op_type, node.domain = "MatMulNBits", "com.microsoft"
-    node.input.extend([x, *names.values()])
-    node.attribute.extend(onnx.helper.make_attribute(key, value) for key, value in rounded.attributes.items())
-    return [onnx.numpy_helper.from_array(array, names[short]) for short, array in rounded.tensors.items()]
-
-
-def _loaded(tensor: Any, model: ModelFolder) -> Any:
-    """An initializer with its data inside."""
-    import onnx
-
-    return onnx.numpy_helper.from_array(model.read(tensor.name), tensor.name)
+    product = onnx.helper.make_node(
+        "MatMulNBits",
+        [node.input[0], *names.values()],
+        list(node.output),
+        node.name,
+        domain="com.microsoft",
+        **rounded.attributes,
+    )
+    return [product], [onnx.numpy_helper.from_array(array, names[short]) for short, array in rounded.tensors.items()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,6 +39,8 @@ _MODULES = {
     "torch": "losa_export.runtimes.torch_cpu",
     "deepsparse": "losa_export.runtimes.deepsparse",
     "openvino": "losa_export.runtimes.openvino",
+    "optimum": "losa_export.runtimes.optimum",
+    "llamacpp": "losa_export.runtimes.llamacpp",
 }
 # About 2 ms of pure arithmetic: long enough that the clock's grain is nothing, short beside a sample.
 _PROBE_ITERATIONS = 4000

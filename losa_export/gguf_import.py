@@ -113,6 +113,29 @@ def hugging_face_name(name: str, source: Path) -> str:
     )
 
 
+def gguf_name(name: str) -> str:
+    """Name in a GGUF file of tensor `name` of a Llama checkpoint: the inverse of `hugging_face_name`.
+
+    Raises: UnsupportedArchitectureError for a tensor that a Llama decoder does not have.
+    """
+    outer = {ours: theirs for theirs, ours in _OUTER.items()}
+    if name in outer:
+        return outer[name]
+    block, _, rest = name.removeprefix("model.layers.").partition(".")
+    inner = {f"{ours}.weight": theirs for theirs, ours in _INNER.items()}
+    if name.startswith("model.layers.") and block.isdigit() and rest in inner:
+        return f"blk.{block}.{inner[rest]}.weight"
+    raise UnsupportedArchitectureError(f"tensor '{name}' has no place in a GGUF file of the Llama family", tensor=name)
+
+
+def permute_rotary(weight: FloatArray, heads: int) -> FloatArray:
+    """Put the rows of a query or key projection into llama.cpp's order: the inverse of `unpermute_rotary`."""
+    rows, columns = weight.shape
+    return np.ascontiguousarray(
+        weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    )
+
+
 def unpermute_rotary(weight: FloatArray, heads: int) -> FloatArray:
     """Undo llama.cpp's row order of a query or key projection.
 

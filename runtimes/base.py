@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from losa_export.errors import InputError
 
-RuntimeName = Literal["ort", "ort-stock", "genai", "torch", "deepsparse", "openvino"]
+RuntimeName = Literal["ort", "ort-stock", "genai", "torch", "deepsparse", "openvino", "optimum", "llamacpp"]
 RUNTIME_NAMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 
 

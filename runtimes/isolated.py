@@ -36,7 +36,8 @@ class IsolatedEngine:
         licence: its name, and what a user must know of it before installing.
         pythons: versions that both its packages and our worker run on.
         platforms: (sys.platform, machine) pairs that its packages are built for.
-        variables: environment variables of its processes.
+        variables: environment variables of its processes, installation included.
+        package: the one that has this version, where its name is not the engine's.
     """
 
     name: str
@@ -46,6 +47,7 @@ class IsolatedEngine:
     pythons: tuple[tuple[int, int], ...]
     platforms: tuple[tuple[str, str], ...]
     variables: Mapping[str, str] = field(default_factory=dict)
+    package: str | None = None
 
     @property
     def pins(self) -> Path:
@@ -94,12 +96,34 @@ ENGINES: Mapping[str, IsolatedEngine] = {
             variables={"NM_DISABLE_ANALYTICS": "1"},
         ),
         IsolatedEngine(
+            name="llamacpp",
+            version="0.3.36",
+            module="llama_cpp",
+            licence="MIT; built from source for this processor, which needs a C++ compiler and takes minutes",
+            pythons=((3, 11), (3, 12), (3, 13)),
+            platforms=(("linux", "x86_64"), ("linux", "aarch64")),
+            # Nothing of it but the library: no vision, no tools, no downloads.
+            variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF"},
+            package="llama-cpp-python",
+        ),
+        IsolatedEngine(
             name="openvino",
             version="2026.4.1",
             module="openvino",
             licence="Apache-2.0",
             pythons=((3, 11), (3, 12), (3, 13)),
             platforms=(("linux", "x86_64"), ("linux", "aarch64")),
+        ),
+        IsolatedEngine(
+            name="optimum",
+            version="0.1.0",
+            module="optimum.onnxruntime",
+            licence="Apache-2.0",
+            # As torch and tokenizers are pinned.
+            pythons=((3, 11), (3, 12), (3, 13)),
+            platforms=(("linux", "x86_64"), ("linux", "aarch64")),
+            variables={"HF_HUB_OFFLINE": "1"},
+            package="optimum-onnx",
         ),
     )
 }

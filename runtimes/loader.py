@@ -13,9 +13,9 @@ def load_runtime(name: RuntimeName, folder: Path, *, threads: int | None = None)
 
     Args:
         name: 'ort' (ONNX Runtime with our kernels), 'ort-stock' (the same file without them), 'genai'
-            (onnxruntime-genai), 'torch' (a Hugging Face checkpoint through transformers), 'deepsparse' or 'openvino'
-            (each in that engine's own environment alone).
-        folder: an exported `onnx/`, or a checkpoint for 'torch'.
+            (onnxruntime-genai), 'torch' (a Hugging Face checkpoint through transformers), 'deepsparse',
+            'openvino', 'optimum' or 'llamacpp' (each in that engine's own environment alone).
+        folder: an exported `onnx/`, a checkpoint for 'torch', a folder with a GGUF file for 'llamacpp'.
         threads: compute threads within one operation; None takes what the machine offers.
 
     Raises:
@@ -25,7 +25,7 @@ def load_runtime(name: RuntimeName, folder: Path, *, threads: int | None = None)
         FormatError: when a compressed weight contradicts itself.
         KernelError: when 'ort' was asked for and the native library or the kernel row is missing.
         MissingDependencyError: when 'genai' or 'torch' was asked for and is not installed.
-        EngineUnavailableError: when 'deepsparse' or 'openvino' was asked for where it cannot be imported.
+        EngineUnavailableError: when an engine with an environment of its own was asked for outside of it.
         RuntimeFailureError: when the engine refuses the model for another reason.
     """
     if name in ("ort", "ort-stock"):
@@ -44,6 +44,14 @@ def load_runtime(name: RuntimeName, folder: Path, *, threads: int | None = None)
         from losa_export.runtimes.deepsparse import DeepSparseRuntime
 
         return DeepSparseRuntime.load(folder, threads=threads)
+    if name == "llamacpp":
+        from losa_export.runtimes.llamacpp import LlamaCppRuntime
+
+        return LlamaCppRuntime.load(folder, threads=threads)
+    if name == "optimum":
+        from losa_export.runtimes.optimum import OptimumRuntime
+
+        return OptimumRuntime.load(folder, threads=threads)
     if name == "openvino":
         from losa_export.runtimes.openvino import OpenVinoRuntime
 

@@ -14,7 +14,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     """Arguments of `losa bench`."""
     parser.add_argument("candidate", type=Path, metavar="ONNX", help="exported folder to measure")
     parser.add_argument("--against", type=Path, required=True, metavar="DIR", help="exported folder to compare with")
-    runtimes = ("ort", "ort-stock", "genai", "torch", "deepsparse", "openvino")
+    runtimes = ("ort", "ort-stock", "genai", "torch", "deepsparse", "openvino", "optimum", "llamacpp")
     parser.add_argument(
         "--runtime",
         type=_engines,

@@ -1,20 +1,18 @@
-"""DeepSparse beside ONNX Runtime on the same file; skipped where the engine is not installed."""
+"""Profile and runtime of DeepSparse; its answers are held against ONNX Runtime's in test_isolated_engines."""
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from losa_export.errors import CheckpointError, ConfigError, EngineUnavailableError, UnsupportedArchitectureError
+from losa_export.errors import ConfigError, UnsupportedArchitectureError
 from losa_export.eval.bench import BenchConfig, bench
-from losa_export.eval.engine import EngineProcess
 from losa_export.export import ExportConfig, export_onnx
 from losa_export.runtimes.base import causal_mask
-from losa_export.runtimes.deepsparse import DeepSparseRuntime, pieces, program_length
+from losa_export.runtimes.deepsparse import pieces, program_length
 from losa_export.runtimes.isolated import ENGINES
 from tests.conftest import write_tiny_checkpoint
 
@@ -79,39 +77,6 @@ def test_zeros_stay_in_ordinary_matrices_of_opset_13(folders: Path) -> None:
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 13)]
     assert not model.functions
     onnx.checker.check_model(str(folders / "deepsparse" / "model.onnx"))
-
-
-def test_without_the_engine_loading_says_where_it_lives(folders: Path) -> None:
-    with pytest.raises(EngineUnavailableError, match="losa runtimes install deepsparse"):
-        DeepSparseRuntime.load(folders / "deepsparse")
-
-
-@needs_engine
-@pytest.mark.parametrize("lengths", [(16, 8), (1, 1), (1, 0), (5, 30)])
-def test_it_answers_as_onnx_runtime_does(folders: Path, lengths: tuple[int, int]) -> None:
-    from losa_export.eval.answers import Workload, workload_logits
-    from losa_export.runtimes.ort import OrtRuntime
-
-    generator = np.random.default_rng(0)
-    prompt, forced = (generator.integers(0, 128, count) for count in lengths)
-    workload = Workload(prompt, forced, (prompt,), 1)
-    with closing(OrtRuntime.load(folders / "ort", threads=1, custom_op=False)) as stock:
-        wanted = workload_logits(stock, workload)
-    with EngineProcess("DeepSparse", timeout_s=120, engine=ENGINE) as process:
-        loaded = process.call("load", name="deepsparse", folder=folders / "deepsparse", threads=1)
-        found = process.call("workload_logits", workload=workload)
-    assert loaded.vocab_size == 128
-    # 1e-4: float32, other orders of summation
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
-
-
-@needs_engine
-def test_a_graph_of_another_profile_is_refused(folders: Path) -> None:
-    with (
-        EngineProcess("DeepSparse", timeout_s=120, engine=ENGINE) as process,
-        pytest.raises(CheckpointError, match="is not of profile 'deepsparse'"),
-    ):
-        process.call("load", name="deepsparse", folder=folders / "ort", threads=1)
 
 
 @needs_engine
