@@ -163,6 +163,11 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise OutputError(
                 f"no space left while writing '{path}'; free some, or choose another disk with -o", path=path
             ) from error
+        if error.errno == errno.EFBIG:
+            raise OutputError(
+                f"'{path}' would hold a file larger than its disk or 'ulimit -f' allows; choose another disk with -o",
+                path=path,
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise OutputError(
                 f"'{path}' cannot be written: {error.strerror}; choose another folder", path=path
