@@ -71,8 +71,8 @@ def _nbits(node: Any, model: ModelFolder, bits: int, block: int) -> Replacement:
         list(node.output),
         node.name,
         domain="com.microsoft",
-        **rounded.attributes,
     )
+    product.attribute.extend(onnx.helper.make_attribute(key, value) for key, value in rounded.attributes.items())
     return [product], [onnx.numpy_helper.from_array(array, names[short]) for short, array in rounded.tensors.items()]
 
 

@@ -16,6 +16,7 @@ from losa_export.commands.arguments import EXIT_FAILED, EXIT_INTERRUPTED
 from losa_export.commands.bench import add_bench, compare_parser, kernels_parser
 from losa_export.commands.demo import add_demo
 from losa_export.commands.doctor import add_doctor
+from losa_export.commands.eval import add_eval
 from losa_export.commands.export import EXPORT_TEXT, add_export
 from losa_export.commands.generate import add_generate
 from losa_export.commands.merge import add_merge
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
             "measure an exported model against a dense one; 'losa bench kernels': single products; 'compare': two records",
             add_bench,
         ),
+        ("eval", "perplexity, distance from a reference, zero-shot accuracy", add_eval),
         ("report", "one page of benchmarks and training runs: DIR… → report.html", add_report),
         ("doctor", "examine this CPU: which sparsity pays, with which values", add_doctor),
         ("synth", "write a random checkpoint of a published shape, for benchmarks", add_synth),

@@ -135,6 +135,27 @@ class Runtime(Protocol):
         ...
 
 
+@runtime_checkable
+class ExtendingRuntime(Runtime, Protocol):
+    """A runtime that can go on from a prompt in several ways: what many questions about one text need."""
+
+    def extend(self, state: DecodeState, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append several tokens to one row that is not empty.
+
+        Args:
+            state: a cache made by new_state of this runtime.
+            row: which of its rows.
+            token_ids: (S,) integers in [0, V), S ≥ 1.
+        Returns: (S, V) float32 logits, one row after each token.
+        Raises: InputError for no tokens, ids out of range, an empty row, or one that would become too long.
+        """
+        ...
+
+    def truncate(self, state: DecodeState, row: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a row. Raises: InputError if it has fewer, or none would stay."""
+        ...
+
+
 def check_state_size(batch: int, capacity: int, max_positions: int) -> None:
     """Raise InputError unless a cache of this size can be made for the model."""
     if batch < 1 or capacity < 1:
@@ -154,9 +175,7 @@ def check_state_size(batch: int, capacity: int, max_positions: int) -> None:
 
 def check_prompt(state: DecodeState, row: int, token_ids: NDArray[np.int64], vocab_size: int) -> NDArray[np.int64]:
     """The prompt as contiguous int64, if it can be prefilled into `row`; else InputError."""
-    rows = len(state.lengths)
-    if not 0 <= row < rows:
-        raise InputError(f"row {row} of the cache was asked for, but it has rows 0 to {rows - 1}", row=row)
+    _check_row(state, row)
     prompt = _as_ids(token_ids)
     if prompt.size == 0:
         raise InputError("the prompt is empty: give at least one token", row=row)
@@ -175,6 +194,30 @@ def check_prompt(state: DecodeState, row: int, token_ids: NDArray[np.int64], voc
             capacity=state.capacity,
         )
     return prompt
+
+
+def check_extension(state: DecodeState, row: int, token_ids: NDArray[np.int64], vocab_size: int) -> NDArray[np.int64]:
+    """More tokens of `row` as contiguous int64, if it has some already and room for these; else InputError."""
+    _check_row(state, row)
+    tokens, length = _as_ids(token_ids), int(state.lengths[row])
+    if tokens.size == 0 or length == 0:
+        raise InputError(f"{tokens.size} tokens for row {row}, which holds {length}: it needs some of both", row=row)
+    _check_range(tokens, vocab_size, "token")
+    if length + tokens.size > state.capacity:
+        raise InputError(
+            f"row {row} of the cache would hold {length + tokens.size} tokens of {state.capacity}; "
+            "make the state with a larger capacity",
+            row=row,
+            capacity=state.capacity,
+        )
+    return tokens
+
+
+def check_truncation(state: DecodeState, row: int, length: int) -> None:
+    """Raise InputError unless `row` has `length` ≥ 1 tokens or more."""
+    _check_row(state, row)
+    if not 1 <= length <= state.lengths[row]:
+        raise InputError(f"row {row} holds {int(state.lengths[row])} tokens and cannot be cut to {length}", row=row)
 
 
 def check_next_tokens(state: DecodeState, token_ids: NDArray[np.int64], vocab_size: int) -> NDArray[np.int64]:
@@ -220,6 +263,12 @@ def check_open(closed: bool, name: str) -> None:
 def file_sizes(folder: Path, pattern: str = "*") -> dict[str, int]:
     """File name → bytes for the plain files of `folder` that match, sorted by name."""
     return {path.name: path.stat().st_size for path in sorted(folder.glob(pattern)) if path.is_file()}
+
+
+def _check_row(state: DecodeState, row: int) -> None:
+    rows = len(state.lengths)
+    if not 0 <= row < rows:
+        raise InputError(f"row {row} of the cache was asked for, but it has rows 0 to {rows - 1}", row=row)
 
 
 def _as_ids(token_ids: NDArray[np.int64]) -> NDArray[np.int64]:

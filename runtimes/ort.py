@@ -22,10 +22,12 @@ from losa_export.runtimes.base import (
     DecodeState,
     RuntimeDescription,
     causal_mask,
+    check_extension,
     check_next_tokens,
     check_open,
     check_prompt,
     check_state_size,
+    check_truncation,
     file_sizes,
 )
 from losa_export.runtimes.ort_session import OpenSession, SessionOptions, open_session, run_failed
@@ -178,6 +180,39 @@ class OrtRuntime:
         state.lengths[row] = prompt.size
         only_row: Float32 = logits[0]
         return only_row
+
+    def extend(self, state: DecodeState, row: int, token_ids: Int64) -> Float32:
+        """Append several tokens to one row; (S, V) float32."""
+        self._check_open()
+        tokens = check_extension(state, row, token_ids, self.vocab_size)
+        first = int(state.lengths[row])
+        total = first + tokens.size
+        ids, positions = tokens[None], np.arange(first, total, dtype=np.int64)[None]
+        if isinstance(state, SharedState):
+            binding = self._session.io_binding()
+            bind_shared(binding, self.layout, [buffer[row : row + 1] for buffer in state.buffers])
+            logits = self._run(binding, ids, positions, state.ones[:, :total], "extend")
+        elif isinstance(state, GrowingState):
+            state.split()
+            past = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for array in state.rows[row]]
+            logits, present = self._run_growing(past, ids, positions, np.ones((1, total), np.int64), "extend")
+            state.rows[row] = [value.numpy() for value in present]
+        else:
+            raise _foreign_state()
+        state.lengths[row] = total
+        only_row: Float32 = logits[0]
+        return only_row
+
+    def truncate(self, state: DecodeState, row: int, length: int) -> None:
+        """Forget all but the first tokens of a row; a shared buffer is overwritten before it is read again."""
+        self._check_open()
+        check_truncation(state, row, length)
+        if isinstance(state, GrowingState):
+            state.split()
+            state.rows[row] = [array[:, :, :length] for array in state.rows[row]]
+        elif not isinstance(state, SharedState):
+            raise _foreign_state()
+        state.lengths[row] = length
 
     def decode(self, state: DecodeState, token_ids: Int64) -> Float32:
         """Append one token to each row; (batch, V) float32."""

@@ -17,10 +17,12 @@ from losa_export.errors import CheckpointError, InputError, MissingDependencyErr
 from losa_export.runtimes.base import (
     DecodeState,
     RuntimeDescription,
+    check_extension,
     check_next_tokens,
     check_open,
     check_prompt,
     check_state_size,
+    check_truncation,
     file_sizes,
 )
 from losa_export.runtimes.threads import resolve_threads
@@ -127,6 +129,29 @@ class TorchRuntime:
         state.lengths[row] = prompt.size
         only_row: NDArray[np.float32] = logits[0]
         return only_row
+
+    def extend(self, state: DecodeState, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append several tokens to one row; (S, V) float32."""
+        self._check_open()
+        state = _own(state)
+        tokens = check_extension(state, row, token_ids, self.vocab_size)
+        state.split()
+        first = int(state.lengths[row])
+        cache = self._cache(state.rows[row] or [])
+        logits = self._forward(tokens[None], np.arange(first, first + tokens.size)[None], cache, None)
+        state.rows[row] = [(layer.keys, layer.values) for layer in cache.layers]
+        state.lengths[row] = first + tokens.size
+        only_row: NDArray[np.float32] = logits[0]
+        return only_row
+
+    def truncate(self, state: DecodeState, row: int, length: int) -> None:
+        """Forget all but the first tokens of a row."""
+        self._check_open()
+        state = _own(state)
+        check_truncation(state, row, length)
+        state.split()
+        state.rows[row] = [(keys[:, :, :length], values[:, :, :length]) for keys, values in state.rows[row] or []]
+        state.lengths[row] = length
 
     def decode(self, state: DecodeState, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Append one token to each row; (batch, V) float32."""

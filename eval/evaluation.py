@@ -1,0 +1,354 @@
+"""`losa eval`: perplexity, distance from a reference, and zero-shot accuracy of a model where it will run.
+
+Everything is measured item by item and window by window; each is kept in a work file beside the result as soon as it
+is known, so that an evaluation that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_export.errors import ConfigError, InputError, RuntimeFailureError
+from losa_export.eval.fidelity import log_softmax
+from losa_export.eval.machine import machine_record
+from losa_export.eval.perplexity import cut_windows, read_wikitext, token_nll
+from losa_export.eval.stats import mean_interval
+from losa_export.eval.tasks import Item, find_task, read_items
+from losa_export.eval.zero_shot import Choice, ItemScores, accuracy, encode_item, judge, log_likelihoods, mcnemar
+from losa_export.files import check_output_file, input_folder, write_text_atomic
+from losa_export.onnx_file import MODEL_FILE
+from losa_export.progress import Progress
+from losa_export.runtimes.base import Runtime, RuntimeName
+from losa_export.runtimes.detokenize import load_stop_ids
+from losa_export.runtimes.isolated import ENGINES
+from losa_export.runtimes.loader import load_runtime
+from losa_export.text import encode_documents, load_tokenizer, read_documents
+
+SCHEMA, SCHEMA_VERSION = "losa-eval", 1
+# Rows of logits that are compared at once.
+_CHUNK_ROWS = 128
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvalText:
+    """Text to measure perplexity on.
+
+    Attributes:
+        path: of the file.
+        wikitext: by the protocol of GPTQ, SparseGPT and Wanda, one string; else documents, with the end-of-text token
+            between them.
+        window: tokens in a window.
+        windows: how many of them, from the start; None takes all.
+    """
+
+    path: Path
+    wikitext: bool
+    window: int
+    windows: int | None
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What to evaluate.
+
+    Attributes:
+        target: an exported folder, or a checkpoint.
+        output: `eval.json` to write.
+        runtime: that the target runs in; None: 'ort' for an export, 'torch' for a checkpoint.
+        reference: another folder, which the target is held against; None: figures of the target alone.
+        reference_runtime: likewise; None: 'ort-stock' for an export, 'torch' for a checkpoint.
+        texts: to measure perplexity and divergence on.
+        tasks: names of `tasks.TASKS`.
+        task_folder: where their files are, NAME.jsonl.
+        limit: items of each task, from the start; None takes all.
+        threads: of each runtime; None takes what the machine offers.
+    """
+
+    target: Path
+    output: Path
+    runtime: RuntimeName | None = None
+    reference: Path | None = None
+    reference_runtime: RuntimeName | None = None
+    texts: tuple[EvalText, ...] = ()
+    tasks: tuple[str, ...] = ()
+    task_folder: Path | None = None
+    limit: int | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError naming the field."""
+        if not self.texts and not self.tasks:
+            raise ConfigError("there is nothing to measure; give --text, --wikitext or --tasks", field="texts")
+        if self.tasks and self.task_folder is None:
+            raise ConfigError("--tasks needs --task-folder, which holds NAME.jsonl of each", field="task_folder")
+        for name in self.tasks:
+            find_task(name)
+        for side, runtime in (("runtime", self.runtime), ("reference_runtime", self.reference_runtime)):
+            if runtime in ENGINES:
+                raise ConfigError(
+                    f"{side} is '{runtime}', which has an environment of its own; losa eval runs ort, ort-stock, genai "
+                    "and torch",
+                    field=side,
+                )
+
+
+def evaluate(config: EvalConfig, *, show_progress: bool = True) -> Record:
+    """Measure, write `config.output`, and give back what it holds.
+
+    Raises:
+        ConfigError, InputError: folders, options, or vocabularies that do not go together.
+        TextError: a text or a task's file is unusable, with its row; before anything is measured.
+        RuntimeFailureError: a runtime gives NaN or infinity.
+        OutputError: the result cannot be written.
+    """
+    check_output_file(config.output)
+    folders = {"target": config.target} | ({"reference": config.reference} if config.reference is not None else {})
+    for name, folder in folders.items():
+        input_folder(folder, what=name)
+    names = {"target": config.runtime, "reference": config.reference_runtime}
+    with ExitStack() as stack:
+        runtimes = {
+            side: stack.enter_context(
+                closing(load_runtime(names[side] or _default(side, folder), folder, threads=config.threads))
+            )
+            for side, folder in folders.items()
+        }
+        if len({runtime.vocab_size for runtime in runtimes.values()}) > 1:
+            raise InputError(f"'{config.target}' and '{config.reference}' have other vocabularies: not one family")
+        texts = [(text, _windows(text, config.target, runtimes["target"])) for text in config.texts]
+        tasks = [
+            (name, _task_file(config, name), read_items(find_task(name), _task_file(config, name), config.limit))
+            for name in config.tasks
+        ]
+        tokenizer = load_tokenizer(config.target)
+        encoded = {
+            name: [encode_item(tokenizer, item, runtimes["target"], path) for item in items]
+            for name, path, items in tasks
+        }
+        work = _Work(config.output, _fingerprint(config, folders))
+        total = sum(len(windows) for _, windows in texts) + sum(len(items) for _, _, items in tasks)
+        with Progress("evaluating", total, "windows and items", enabled=show_progress) as progress:
+            measured_texts = []
+            for number, (text, windows) in enumerate(texts):
+                rows = []
+                for place, ids in enumerate(windows):
+                    rows.append(work.once(f"text {number} window {place}", partial(_window, runtimes, ids)))
+                    progress.advance()
+                measured_texts.append(_text_record(text, rows, compared="reference" in runtimes))
+            measured_tasks = []
+            for name, _, items in tasks:
+                scores: list[dict[str, list[float]]] = []
+                for item, choices in zip(items, encoded[name], strict=True):
+                    scores.append(work.once(f"{name} row {item.row}", partial(_scores, runtimes, choices)))
+                    progress.advance()
+                measured_tasks.append(_task_record(name, items, scores))
+        record: Record = {
+            "schema": SCHEMA,
+            "schema_version": SCHEMA_VERSION,
+            **{
+                side: {"folder": folders[side].name, "engine": runtime.describe().as_dict()}
+                for side, runtime in runtimes.items()
+            },
+            "texts": measured_texts,
+            "tasks": measured_tasks,
+            "machine": machine_record().as_dict(),
+        }
+    write_text_atomic(config.output, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    work.remove()
+    return record
+
+
+def _default(side: str, folder: Path) -> RuntimeName:
+    if not (folder / MODEL_FILE).is_file():
+        return "torch"
+    return "ort" if side == "target" else "ort-stock"
+
+
+def _windows(text: EvalText, target: Path, runtime: Runtime) -> NDArray[np.int64]:
+    if text.window > runtime.max_positions:
+        raise ConfigError(
+            f"windows of {text.window} tokens exceed the model's {runtime.max_positions} positions; give a shorter one",
+            field="window",
+        )
+    tokenizer = load_tokenizer(target)
+    if text.wikitext:
+        stream = encode_documents([read_wikitext(text.path)], tokenizer, None)
+    else:
+        ends = load_stop_ids(target)
+        stream = encode_documents(read_documents([text.path]), tokenizer, ends[0] if ends else None)
+    return cut_windows(stream, text.window, text.windows)
+
+
+def _task_file(config: EvalConfig, name: str) -> Path:
+    assert config.task_folder is not None  # checked by EvalConfig
+    return config.task_folder / f"{name}.jsonl"
+
+
+def _window(runtimes: Mapping[str, Runtime], ids: NDArray[np.int64]) -> Record:
+    """One window: mean loss of each side, and divergence of the target from the reference at each token."""
+    logits = {}
+    for side, runtime in runtimes.items():
+        logits[side] = runtime.prefill(runtime.new_state(1, len(ids)), 0, ids)[:-1]
+        if not np.isfinite(logits[side]).all():
+            raise RuntimeFailureError(
+                f"runtime '{runtime.name}' gave NaN or infinite logits for the {side}; the model or a kernel is broken"
+            )
+    row: Record = {side: float(token_nll(found, ids[1:]).mean()) for side, found in logits.items()}
+    if "reference" in logits:
+        exact, other = logits["reference"], logits["target"]
+        row["kl"] = [round(value, 9) for value in divergences(exact, other).tolist()]
+        row["agreement"] = float((exact.argmax(axis=1) == other.argmax(axis=1)).mean())
+    return row
+
+
+def _scores(runtimes: Mapping[str, Runtime], choices: Sequence[Choice]) -> dict[str, list[float]]:
+    """One item: log-likelihoods of its choices on each side."""
+    return {side: log_likelihoods(runtime, choices) for side, runtime in runtimes.items()}
+
+
+def divergences(exact: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float64]:
+    """KL(exact ‖ other) of each row of logits (P, V), nats: (P,) float64."""
+    found = np.empty(len(exact))
+    for start in range(0, len(exact), _CHUNK_ROWS):
+        part = slice(start, start + _CHUNK_ROWS)
+        ours, theirs = log_softmax(exact[part]), log_softmax(other[part])
+        found[part] = (np.exp(ours) * (ours - theirs)).sum(axis=1, dtype=np.float64)
+    return found
+
+
+def _text_record(text: EvalText, rows: Sequence[Record], *, compared: bool) -> Record:
+    sides = ("target", "reference") if compared else ("target",)
+    record: Record = {
+        "name": text.path.name,
+        "protocol": "one string, windows without overlap" if text.wikitext else "documents with end-of-text between",
+        "window": text.window,
+        "windows": len(rows),
+        **{side: _loss([row[side] for row in rows]) for side in sides},
+    }
+    if compared:
+        values = np.concatenate([row["kl"] for row in rows])
+        difference = mean_interval([row["target"] - row["reference"] for row in rows])
+        record |= {
+            "kl_mean": float(values.mean()),
+            "kl_p99": float(np.quantile(values, 0.99)),
+            "agreement": float(np.mean([row["agreement"] for row in rows])),
+            "nll_difference": dict(zip(("mean", "low", "high"), map(_finite, difference), strict=True)),
+        }
+    return record
+
+
+def _loss(nll: Sequence[float]) -> Record:
+    mean = math.fsum(nll) / len(nll)
+    error = float(np.std(nll, ddof=1)) / math.sqrt(len(nll)) if len(nll) > 1 else math.nan
+    return {
+        "perplexity": _finite(math.exp(mean) if mean < 709 else math.inf),
+        "nll": mean,
+        "nll_standard_error": _finite(error),
+        "window_nll": list(nll),
+    }
+
+
+def _task_record(name: str, items: Sequence[Item], scores: Sequence[dict[str, list[float]]]) -> Record:
+    task = find_task(name)
+    record: Record = {
+        "name": name,
+        "items": len(items),
+        "usual": "accuracy_normalised" if task.normalised else "accuracy",
+    }
+    judged = {side: [judge(item, row[side]) for item, row in zip(items, scores, strict=True)] for side in scores[0]}
+    for side, found in judged.items():
+        record[side] = {
+            "accuracy": dict(zip(("share", "standard_error"), _accuracy([one.correct for one in found]), strict=True)),
+            "accuracy_normalised": dict(
+                zip(("share", "standard_error"), _accuracy([one.correct_normalised for one in found]), strict=True)
+            ),
+            "log_likelihoods": {one.row: list(one.log_likelihoods) for one in found},
+        }
+    if "reference" in judged:
+        ours, theirs = ([_usual(one, task.normalised) for one in judged[side]] for side in ("target", "reference"))
+        record["mcnemar"] = dict(zip(("only_target", "only_reference", "p"), mcnemar(ours, theirs), strict=True))
+    return record
+
+
+def _usual(scores: ItemScores, normalised: bool) -> bool:
+    return scores.correct_normalised if normalised else scores.correct
+
+
+def _accuracy(correct: Sequence[bool]) -> tuple[float, float | None]:
+    share, error = accuracy(correct)
+    return share, _finite(error)
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows neither infinity nor NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _fingerprint(config: EvalConfig, folders: dict[str, Path]) -> Record:
+    """What earlier work must agree in to be gone on with."""
+    files = {
+        side: [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.*"))]
+        for side, folder in folders.items()
+    }
+    paths = [text.path for text in config.texts] + [_task_file(config, name) for name in config.tasks]
+    sources = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    return {
+        "version": SCHEMA_VERSION,
+        "files": files,
+        "sources": sources,
+        "runtimes": [config.runtime, config.reference_runtime],
+        "texts": [[text.wikitext, text.window, text.windows] for text in config.texts],
+    }
+
+
+class _Work:
+    """What is measured so far, a JSON line each, in a hidden file beside the result."""
+
+    def __init__(self, output: Path, fingerprint: Record) -> None:
+        self._path = output.with_name(f".{output.name}.work")
+        self._found: dict[str, Any] = {}
+        try:
+            first, *lines = self._path.read_text(encoding="utf-8").splitlines()
+            if json.loads(first) == fingerprint:
+                self._found = _whole(lines)
+        except (OSError, ValueError):
+            pass  # there is none, or it was cut off in its first line
+        # Written anew, without a line that was cut off.
+        lines = [json.dumps(entry) for entry in self._found.items()]
+        write_text_atomic(self._path, "\n".join([json.dumps(fingerprint), *lines]) + "\n")
+
+    def once(self, key: str, measure: Callable[[], Any]) -> Any:
+        """The value of `key`: from earlier work, or measured and kept now."""
+        if key not in self._found:
+            self._found[key] = measure()
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([key, self._found[key]]) + "\n")
+        return self._found[key]
+
+    def remove(self) -> None:
+        """The result is written."""
+        self._path.unlink(missing_ok=True)
+
+
+def _whole(lines: Sequence[str]) -> dict[str, Any]:
+    """Keys and values of the lines up to one that was cut off."""
+    found: dict[str, Any] = {}
+    for line in lines:
+        try:
+            key, value = json.loads(line)
+        except ValueError:
+            break
+        found[key] = value
+    return found
