@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from losa_export.checkpoint import copy_companions
+from losa_export.checkpoint import CONFIG_FILE, copy_companions
 from losa_export.errors import FormatError
 from losa_export.files import check_output, input_folder, output_folder, write_text_atomic
 from losa_export.graph.external import DATA_FILE, MODEL_FILE, ModelFolder, check_external_data
@@ -81,8 +81,9 @@ def write_rewritten(
         )
         copy_companions(source, folder)
         write_text_atomic(folder / MANIFEST_FILE, json.dumps(record, indent=2) + "\n")
-        if (source / GENAI_FILE).is_file():
-            (folder / GENAI_FILE).write_bytes((source / GENAI_FILE).read_bytes())
+        for name in (GENAI_FILE, CONFIG_FILE):
+            if (source / name).is_file():
+                (folder / name).write_bytes((source / name).read_bytes())
     return len(products)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from losa_export.architecture import DecoderSpec
 from losa_export.calibration_text import CalibrationText, read_calibration
-from losa_export.checkpoint import Checkpoint, copy_companions, open_checkpoint, read_json
+from losa_export.checkpoint import CONFIG_FILE, Checkpoint, copy_companions, open_checkpoint, read_json
 from losa_export.errors import ConfigError, MissingDependencyError
 from losa_export.export_gate import StoredTypes, is_installed, reference_source, run_gate
 from losa_export.exporters import Exporter, ExporterChoice, ProfileChoice, make_exporter, read_spec
@@ -304,6 +305,8 @@ def _write_model(
         model = exporter.build(store, producer)
     ir.save(model, folder / MODEL_FILE)
     copy_companions(checkpoint.folder, folder)
+    # Not needed by the graph; optimum asks it what kind of model this is.
+    shutil.copyfile(checkpoint.folder / CONFIG_FILE, folder / CONFIG_FILE)
     write_text_atomic(
         folder / GENAI_FILE,
         json.dumps(genai_config(exporter.facts, exporter.profile, _generation_config(checkpoint)), indent=2) + "\n",

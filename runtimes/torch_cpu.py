@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_export.errors import CheckpointError, InputError, MissingDependencyError, RuntimeFailureError
+from losa_export.onnx_file import MODEL_FILE
 from losa_export.runtimes.base import (
     DecodeState,
     RuntimeDescription,
@@ -91,6 +92,11 @@ class TorchRuntime:
             raise CheckpointError(
                 f"'{folder}' has no config.json, so it is not a Hugging Face checkpoint; "
                 "the runtime 'torch' loads a merged/ folder, not an exported one",
+                path=folder,
+            )
+        if (folder / MODEL_FILE).is_file() and not any(folder.glob("*.safetensors")):
+            raise CheckpointError(
+                f"'{folder}' is an exported folder; the runtime 'torch' loads the merged/ folder it came from",
                 path=folder,
             )
         try:

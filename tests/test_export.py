@@ -113,6 +113,7 @@ def test_a_dense_checkpoint_becomes_a_dense_folder_with_all_its_parts(dense: Pat
         "model.onnx.data",
         "tokenizer.json",
         "tokenizer_config.json",
+        "config.json",
         "generation_config.json",
         "genai_config.json",
         "export.json",

@@ -140,6 +140,13 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
         load_runtime("torch", tmp_path, threads=1)
 
 
+def test_an_export_is_refused_although_it_has_a_config(tmp_path: Path) -> None:
+    for name in ("config.json", "model.onnx"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match="is an exported folder; the runtime 'torch' loads the merged/ folder"):
+        load_runtime("torch", tmp_path, threads=1)
+
+
 def test_truncated_weights_are_a_failure_that_names_the_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "broken"))
     weights = folder / "model.safetensors"
