@@ -22,7 +22,7 @@ def eval_markdown(record: Record) -> str:
 def _texts(record: Record, compared: bool) -> list[str]:
     header = ["text", "windows", "perplexity"]
     if compared:
-        header += ["of the reference", "change", "KL, nats a token", "KL, 99th percentile", "same first token"]
+        header += ["of the reference", "change", "KL, nats a token", "KL, 99th percentile", "same most likely token"]
     rows = []
     for text in record["texts"]:
         row = [text["name"], f"{text['windows']} of {text['window']}", _perplexity(text["target"])]
@@ -47,7 +47,9 @@ def _tasks(record: Record, compared: bool) -> list[str]:
     for task in record["tasks"]:
         sides = ("target", "reference") if compared else ("target",)
         row = [task["name"], str(task["items"])]
-        row += [_share(task[side][kind]) for side in sides for kind in ("accuracy", "accuracy_normalised")]
+        for side in sides:
+            by_character = task[side]["accuracy_normalised"] if task["usual"] == "accuracy_normalised" else None
+            row += [_share(task[side]["accuracy"]), "–" if by_character is None else _share(by_character)]
         if compared:
             test = task["mcnemar"]
             row += [f"{test['only_target']}, {test['only_reference']}", f"{test['p']:.3f}"]
