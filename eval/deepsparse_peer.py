@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from losa_export.errors import ConfigError, FormatError, LosaError, RuntimeFailureError
 from losa_export.eval.perplexity import cut_windows
 from losa_export.eval.rewritten import Replacement, products_with_constants, write_rewritten
-from losa_export.files import input_folder
+from losa_export.files import check_output, input_folder
 from losa_export.graph.external import MODEL_FILE, ModelFolder, check_external_data
 from losa_export.progress import Progress
 from losa_export.runtimes.base import causal_mask
+from losa_export.runtimes.deepsparse import PROFILE
 
-PROFILE = "deepsparse"
 _TOKENS = 128
 # Of an input that was 0 throughout; any scale does.
 _SMALLEST_RANGE = 1e-6
@@ -59,6 +59,7 @@ def quantise_for_deepsparse(
     """
     if windows < 1:
         raise ConfigError(f"windows is {windows}; give at least 1", field="windows")
+    check_output(output, overwrite=overwrite, inputs=[source])  # before activations are measured for nothing
     folder = check_external_data(input_folder(source, what="source"))
     if {entry.key: entry.value for entry in folder.proto.metadata_props}.get("losa.profile") != PROFILE:
         raise FormatError(f"'{source}' is not of profile '{PROFILE}'; export it with --profile {PROFILE}", path=source)
