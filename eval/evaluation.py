@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from losa_export.errors import ConfigError, InputError, RuntimeFailureError
-from losa_export.eval.fidelity import log_softmax
+from losa_export.eval.fidelity import divergences
 from losa_export.eval.machine import machine_record
 from losa_export.eval.perplexity import cut_windows, read_wikitext, token_nll
 from losa_export.eval.stats import mean_interval
@@ -35,8 +36,6 @@ from losa_export.runtimes.loader import load_runtime
 from losa_export.text import encode_documents, load_tokenizer, read_documents
 
 SCHEMA, SCHEMA_VERSION = "losa-eval", 1
-# Rows of logits that are compared at once.
-_CHUNK_ROWS = 128
 
 Record = dict[str, Any]
 
@@ -127,12 +126,12 @@ def evaluate(config: EvalConfig, *, show_progress: bool = True) -> Record:
         }
         if len({runtime.vocab_size for runtime in runtimes.values()}) > 1:
             raise InputError(f"'{config.target}' and '{config.reference}' have other vocabularies: not one family")
-        texts = [(text, _windows(text, config.target, runtimes["target"])) for text in config.texts]
+        tokenizer = load_tokenizer(config.target)
+        texts = [(text, _windows(text, config.target, tokenizer, runtimes["target"])) for text in config.texts]
         tasks = [
             (name, _task_file(config, name), read_items(find_task(name), _task_file(config, name), config.limit))
             for name in config.tasks
         ]
-        tokenizer = load_tokenizer(config.target)
         encoded = {
             name: [encode_item(tokenizer, item, runtimes["target"], path) for item in items]
             for name, path, items in tasks
@@ -176,13 +175,12 @@ def _default(side: str, folder: Path) -> RuntimeName:
     return "ort" if side == "target" else "ort-stock"
 
 
-def _windows(text: EvalText, target: Path, runtime: Runtime) -> NDArray[np.int64]:
+def _windows(text: EvalText, target: Path, tokenizer: Tokenizer, runtime: Runtime) -> NDArray[np.int64]:
     if text.window > runtime.max_positions:
         raise ConfigError(
             f"windows of {text.window} tokens exceed the model's {runtime.max_positions} positions; give a shorter one",
             field="window",
         )
-    tokenizer = load_tokenizer(target)
     if text.wikitext:
         stream = encode_documents([read_wikitext(text.path)], tokenizer, None)
     else:
@@ -216,16 +214,6 @@ def _window(runtimes: Mapping[str, Runtime], ids: NDArray[np.int64]) -> Record:
 def _scores(runtimes: Mapping[str, Runtime], choices: Sequence[Choice]) -> dict[str, list[float]]:
     """One item: log-likelihoods of its choices on each side."""
     return {side: log_likelihoods(runtime, choices) for side, runtime in runtimes.items()}
-
-
-def divergences(exact: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float64]:
-    """KL(exact ‖ other) of each row of logits (P, V), nats: (P,) float64."""
-    found = np.empty(len(exact))
-    for start in range(0, len(exact), _CHUNK_ROWS):
-        part = slice(start, start + _CHUNK_ROWS)
-        ours, theirs = log_softmax(exact[part]), log_softmax(other[part])
-        found[part] = (np.exp(ours) * (ours - theirs)).sum(axis=1, dtype=np.float64)
-    return found
 
 
 def _text_record(text: EvalText, rows: Sequence[Record], *, compared: bool) -> Record:

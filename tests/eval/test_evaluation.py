@@ -14,10 +14,12 @@ pytest.importorskip("onnx_ir", reason="needs the extra 'export'")
 from losa_export.cli import main
 from losa_export.errors import ConfigError, InputError, TextError
 from losa_export.eval import evaluation
-from losa_export.eval.evaluation import EvalConfig, EvalText, divergences, evaluate
+from losa_export.eval.evaluation import EvalConfig, EvalText, evaluate
+from losa_export.eval.fidelity import divergences
 from losa_export.eval.perplexity import perplexity
 from losa_export.export import ExportConfig, export_onnx
 from losa_export.runtimes.loader import load_runtime
+from losa_export.text import load_tokenizer
 from tests.conftest import WORDS, write_tiny_checkpoint
 
 
@@ -64,7 +66,9 @@ def record(work: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 
 def test_losses_are_those_of_each_side_alone(work: Path, record: dict[str, Any]) -> None:
     (text,) = record["texts"]
-    windows = evaluation._windows(EvalText(work / "text.txt", False, 32, 4), work / "onnx", _runtime(work / "onnx"))
+    windows = evaluation._windows(
+        EvalText(work / "text.txt", False, 32, 4), work / "onnx", load_tokenizer(work / "onnx"), _runtime(work / "onnx")
+    )
     for side, folder in (("target", "onnx"), ("reference", "other")):
         alone = perplexity(_runtime(work / folder), windows, show_progress=False)
         assert text[side]["perplexity"] == pytest.approx(alone.ppl, rel=1e-6)
