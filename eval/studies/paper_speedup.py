@@ -1,4 +1,4 @@
-"""The paper's speed-up on a CPU, measured: random models of its shapes, dense and sparse, on its engine and on ours.
+"""The paper's speed-up on a CPU, measured: random models of its shapes, on its engine, on ours and on dense peers.
 
 Run as `python -m losa_export.eval.studies.paper_speedup -o work/ --page docs`. Each finished measurement is a record of
 `losa bench` in `work/cells/`; the same command goes on where it stopped. Models are cut to a few blocks, since whole
@@ -11,50 +11,66 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from losa_export.errors import ConfigError, InputError, LosaError
 from losa_export.eval.bench import BenchConfig, bench
 from losa_export.eval.bench_report import read_bench
-from losa_export.export import ExportConfig, export_onnx
+from losa_export.eval.studies.speedup_models import DENSE, FORMS, Model, Models
+from losa_export.eval.studies.speedup_page import PAPER_SPARSITY, page
 from losa_export.files import write_text_atomic
 from losa_export.runtimes.isolated import ENGINES
-from losa_export.synth import SHAPES, SynthConfig, synthesise
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from losa_export.synth import SHAPES, SynthConfig
 
 SCHEMA = "losa-study-speedup"
-SCHEMA_VERSION = 1
-# What the paper reports for a model of 7 billion weights with 70 % zeros on DeepSparse.
-PAPER_RATIO, PAPER_SPARSITY = 2.60, 0.7
+SCHEMA_VERSION = 2
 
-Kind = Literal["fp32", "int8", "int4", "deepsparse"]
-KINDS: tuple[Kind, ...] = ("fp32", "int8", "int4", "deepsparse")
+# Held against each other in one run, at the paper's sparsity and the largest depth: a form with zeros, another form,
+# and whether that one is dense.
+DUELS: tuple[tuple[str, str, bool], ...] = (
+    ("deepsparse", "deepsparse", True),
+    ("deepsparse-int8", "deepsparse-int8", True),
+    ("fp32", "deepsparse", False),
+    ("int8", "deepsparse-int8", False),
+    ("int8-a8", "deepsparse-int8", False),
+    ("int4", "deepsparse-int8", False),
+    ("int8", "ort-int4-32", True),
+    ("int8", "ort-int4-128", True),
+    ("int8", "llamacpp-q4", True),
+    ("int4", "ort-int4-128", True),
+    ("int4", "llamacpp-q4", True),
+)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: a model with so many blocks and zeros, in one form, beside the dense fp32 one of that depth."""
+    """One measurement: a model, and what it is held against."""
 
-    kind: Kind
-    sparsity: float
-    blocks: int
+    candidate: Model
+    baseline: Model
 
     @property
     def name(self) -> str:
         """A file name of its own."""
-        return f"{self.kind}-{round(100 * self.sparsity)}-{self.blocks}"
+        return f"{self.candidate.name}-against-{self.baseline.name}"
+
+    @property
+    def models(self) -> tuple[Model, Model]:
+        """Both."""
+        return self.candidate, self.baseline
+
+    @property
+    def is_duel(self) -> bool:
+        """Against something else than the dense float32 model."""
+        return self.baseline.form != DENSE
 
     def __str__(self) -> str:
         """For people."""
-        return f"{self.kind}, {self.sparsity:.0%} zeros, {self.blocks} blocks"
+        return f"{self.candidate}, against {self.baseline}" if self.is_duel else str(self.candidate)
 
 
 @dataclass(frozen=True)
@@ -73,8 +89,8 @@ class Study:
     work: Path
     threads: int | None = None
     prompt_tokens: int = 128
-    new_tokens: int = 32
-    max_seconds: float = 60.0
+    new_tokens: int = 16
+    max_seconds: float = 30.0
 
     def record(self, cell: Cell) -> dict[str, Any] | None:
         """The cell's record, if it has been measured at these settings."""
@@ -90,68 +106,52 @@ class Study:
     def _file(self, cell: Cell) -> Path:
         return self.work / "cells" / f"{cell.name}.json"
 
-    def measure(self, cell: Cell) -> dict[str, Any]:
-        """Make both models, hold them against each other, and clear them away. Raises: any LosaError of these."""
-        with _scratch(self.work / "models") as folder:
-            dense = self._export(folder, Cell("fp32", 0.0, cell.blocks))
-            candidate = self._export(folder, cell)
-            config = BenchConfig(
-                candidate=candidate,
-                baseline=dense,
-                candidate_runtime="deepsparse" if cell.kind == "deepsparse" else "ort",
-                threads=self.threads,
-                prompt_tokens=self.prompt_tokens,
-                new_tokens=self.new_tokens,
-                answers="own",
-                min_seconds=min(10.0, self.max_seconds),
-                max_seconds=self.max_seconds,
-                load_samples=1,
-            )
-            document = bench(config).as_dict() | {"study": {"like": self.like}}
+    def measure(self, cell: Cell, models: Models) -> None:
+        """Hold both models against each other, and keep the record. Raises: any LosaError of these."""
+        candidate, baseline = cell.models
+        config = BenchConfig(
+            candidate=models.export(candidate),
+            baseline=models.export(baseline),
+            candidate_runtime=FORMS[candidate.form].runtime,
+            baseline_runtime=FORMS[baseline.form].runtime,
+            threads=self.threads,
+            prompt_tokens=self.prompt_tokens,
+            new_tokens=self.new_tokens,
+            answers="own",
+            min_seconds=min(10.0, self.max_seconds),
+            max_seconds=self.max_seconds,
+            load_samples=1,
+        )
+        document = bench(config).as_dict() | {"study": {"like": self.like}}
         self._file(cell).parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(self._file(cell), json.dumps(document, indent=1) + "\n")
-        return document
-
-    def _export(self, folder: Path, cell: Cell) -> Path:
-        """The folder of a cell's exported model, `folder/NAME`."""
-        output, model = folder / cell.name, folder / "model"
-        if output.exists():
-            return output
-        synthesise(SynthConfig(self.like, model, cell.blocks, cell.sparsity, overwrite=True))
-        deepsparse = cell.kind == "deepsparse"
-        config = ExportConfig(
-            source=model,
-            output=output,
-            profile="deepsparse" if deepsparse else "ort",
-            weights="auto" if cell.sparsity and not deepsparse else "dense",
-            values="fp32" if cell.kind == "deepsparse" else cell.kind,
-            # Random weights have no checkpoint to answer to; the benchmark checks the answers of each file.
-            gate=False,
-        )
-        export_onnx(config)
-        return output
 
 
-@contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """A folder that is empty at first and gone at the end: models are large."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def cells_of(forms: Sequence[str], sparsities: Sequence[float], depths: Sequence[int]) -> list[Cell]:
+    """All measurements, the dense forms first, then a sparsity after the other in the order given."""
+    cells = []
+    for sparsity in (0.0, *sparsities):
+        for blocks in depths:
+            cells += [
+                Cell(Model(form, sparsity, blocks), Model(DENSE, 0.0, blocks))
+                for form in forms
+                if _is_measured(form, sparsity)
+            ]
+        if sparsity == PAPER_SPARSITY:
+            cells += [
+                Cell(Model(form, sparsity, max(depths)), Model(other, 0.0 if dense else sparsity, max(depths)))
+                for form, other, dense in DUELS
+                if form in forms and other in forms
+            ]
+    return cells
 
 
-def whole_model_ms(depths: Sequence[tuple[int, float]], blocks: int) -> float:
-    """Milliseconds of a token in a model of `blocks` blocks, by the line through the smallest and the largest depth.
-
-    Raises: ConfigError for fewer than two depths.
-    """
-    if len({depth for depth, _ in depths}) < 2:
-        raise ConfigError("a line needs two depths; give --blocks two numbers", field="blocks")
-    (low, fast), (high, slow) = min(depths), max(depths)
-    return fast + (slow - fast) / (high - low) * (blocks - low)
+def _is_measured(form: str, sparsity: float) -> bool:
+    """Whether a form is held against the dense float32 model at a sparsity."""
+    if sparsity:
+        return FORMS[form].pays_for_zeros
+    # Dense weights in our own kernels are what ONNX Runtime's do, or better: not what this study asks.
+    return form != DENSE and FORMS[form].runtime != "ort"
 
 
 def document_of(study: Study, cells: Sequence[Cell], failed: Mapping[str, str], command: str) -> dict[str, Any]:
@@ -163,13 +163,15 @@ def document_of(study: Study, cells: Sequence[Cell], failed: Mapping[str, str], 
             continue
         rows.append(
             {
-                "kind": cell.kind,
-                "sparsity": cell.sparsity,
-                "blocks": cell.blocks,
+                "form": cell.candidate.form,
+                "sparsity": cell.candidate.sparsity,
+                "blocks": cell.candidate.blocks,
+                "against": cell.baseline.form,
+                "against_sparsity": cell.baseline.sparsity,
                 **{
                     metric: {
                         "ms": found["candidate"][metric]["median_ms"],
-                        "dense_ms": found["baseline"][metric]["median_ms"],
+                        "against_ms": found["baseline"][metric]["median_ms"],
                         **{name: found[metric]["all_blocks"][name] for name in ("ratio", "low", "high", "verdict")},
                     }
                     for metric in ("decode", "prefill")
@@ -177,6 +179,7 @@ def document_of(study: Study, cells: Sequence[Cell], failed: Mapping[str, str], 
                 "engine": found["candidate"]["engine"],
                 "model_bytes": found["candidate"]["model_bytes"],
                 "disturbed": sum(sample["disturbed"] for sample in found["samples"]) / len(found["samples"]),
+                "created_utc": found["created_utc"],
                 "machine": found["machine"],
                 "threads": found["threads"],
             }
@@ -194,95 +197,16 @@ def document_of(study: Study, cells: Sequence[Cell], failed: Mapping[str, str], 
     }
 
 
-def page(document: Mapping[str, Any]) -> str:
-    """The Markdown page."""
-    cells = document["cells"]
-    machine, threads = cells[0]["machine"], cells[0]["threads"]
-    lines = [
-        "# The paper's speed-up, measured",
-        "",
-        f"The paper reports {PAPER_RATIO:.2f}x for a model of 7 billion weights with {PAPER_SPARSITY:.0%} zeros on a "
-        f"CPU, with DeepSparse. Here: random weights in the shape of {document['like']}, a prompt of "
-        f"{document['prompt_tokens']} and {document['new_tokens']} new tokens, {threads} threads of "
-        f"{machine['cpu_model']}. Each ratio is of one run, against the dense float32 model of the same depth in ONNX "
-        "Runtime, with a 95 % interval.",
-        "",
-        "Made by `python -m losa_export.eval.studies.paper_speedup`; do not edit by hand.",
-        "",
-        "```",
-        document["command"],
-        "```",
-        "",
-    ]
-    for metric in ("decode", "prefill"):
-        lines += [f"## {metric.capitalize()}", "", *_table(document, metric), ""]
-    lines += [*_against_the_paper(cells), ""]
-    if document["failed"]:
-        lines += [
-            "**Without a result:** " + "; ".join(f"{cell}: {why}" for cell, why in document["failed"].items()),
-            "",
-        ]
-    return "\n".join(lines)
-
-
-def _table(document: Mapping[str, Any], metric: str) -> list[str]:
-    cells = document["cells"]
-    depths = sorted({cell["blocks"] for cell in cells})
-    whole = document["whole_blocks"]
-    headings = ["form", "zeros", *(f"{depth} blocks" for depth in depths)]
-    extrapolates = len(depths) > 1
-    if extrapolates:
-        headings += [f"{whole} blocks, ms, by the line", "against dense, by the lines"]
-    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
-    for kind, sparsity in dict.fromkeys((cell["kind"], cell["sparsity"]) for cell in cells):
-        mine = {cell["blocks"]: cell[metric] for cell in cells if (cell["kind"], cell["sparsity"]) == (kind, sparsity)}
-        row = [kind if kind == "deepsparse" else f"ours, {kind}", f"{sparsity:.0%}"]
-        row += [_ratio(mine[depth]) if depth in mine else "–" for depth in depths]
-        if extrapolates and len(mine) > 1:
-            ours = whole_model_ms([(depth, one["ms"]) for depth, one in mine.items()], whole)
-            dense = whole_model_ms([(depth, one["dense_ms"]) for depth, one in mine.items()], whole)
-            row += [f"{ours:.0f}", f"{dense / ours:.2f}x"]
-        elif extrapolates:
-            row += ["–", "–"]
-        lines.append(f"| {' | '.join(row)} |")
-    return lines
-
-
-def _ratio(one: Mapping[str, Any]) -> str:
-    verdict = "" if one["verdict"] == "FASTER" else f" {one['verdict']}"
-    return f"{one['ratio']:.2f}x ({one['low']:.2f} – {one['high']:.2f}){verdict}"
-
-
-def _against_the_paper(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The claim beside each form's own dense-to-sparse ratio, at the deepest model."""
-    deepest = max(cell["blocks"] for cell in cells)
-    dense = {cell["kind"]: cell["decode"] for cell in cells if (cell["sparsity"], cell["blocks"]) == (0.0, deepest)}
-    lines = ["## Beside the paper", ""]
-    for cell in cells:
-        if (cell["sparsity"], cell["blocks"]) != (PAPER_SPARSITY, deepest):
-            continue
-        name = cell["kind"] if cell["kind"] == "deepsparse" else f"ours, {cell['kind']}"
-        one = cell["decode"]
-        holds = (
-            "reaches" if one["low"] >= PAPER_RATIO else "falls short of" if one["high"] < PAPER_RATIO else "may reach"
-        )
-        line = f"- {name}: {_ratio(one)} of dense float32 in ONNX Runtime, which {holds} {PAPER_RATIO:.2f}x"
-        if cell["kind"] == "deepsparse" and "deepsparse" in dense:
-            own = dense["deepsparse"]
-            line += f"; of the engine's own dense model {own['ms'] / one['ms']:.2f}x, two runs against one baseline"
-        lines.append(f"{line}.")
-    return lines if len(lines) > 2 else []
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the paper's claim, and ours, or only draw the page. Returns: the exit code."""
     parser = argparse.ArgumentParser(prog="python -m losa_export.eval.studies.paper_speedup", description=main.__doc__)
+    forms = [form for form in FORMS if form != DENSE]
     parser.add_argument("--like", default="llama-2-7b", metavar="MODEL", help="default: %(default)s")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4], metavar="N", help="default: 2 4")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 3], metavar="N", help="default: 1 3")
     parser.add_argument(
-        "--sparsities", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8], metavar="S", help="default: 0.5 … 0.8"
+        "--sparsities", type=float, nargs="+", default=[0.7, 0.5, 0.8, 0.6], metavar="S", help="default: 0.5 … 0.8"
     )
-    parser.add_argument("--forms", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
+    parser.add_argument("--forms", nargs="+", choices=forms, default=forms, help="default: all")
     parser.add_argument("--prompt", type=int, default=Study.prompt_tokens, metavar="N", help="default: %(default)s")
     parser.add_argument("--gen", type=int, default=Study.new_tokens, metavar="N", help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=Study.max_seconds, metavar="S", help="timed, of each cell")
@@ -297,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             study = Study(
                 options.like, options.output.resolve(), options.threads, options.prompt, options.gen, options.seconds
             )
-            cells = _cells(options)
+            _check_shape(options)
+            cells = cells_of(options.forms, options.sparsities, options.blocks)
             failed = _run(study, cells)
             if options.page is not None:
                 options.page.mkdir(parents=True, exist_ok=True)
@@ -316,38 +241,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _cells(options: argparse.Namespace) -> list[Cell]:
-    """Raises: ConfigError for a shape that is none, or fewer blocks than one."""
+def _check_shape(options: argparse.Namespace) -> None:
+    """Raises: ConfigError for a shape that is none, fewer blocks than one, or a sparsity outside [0, 1)."""
     for blocks in options.blocks:
-        SynthConfig(options.like, Path(), blocks)
-    forms: list[Kind] = options.forms
-    dense = [0.0] if "deepsparse" in forms else []
-    return [
-        Cell(kind, sparsity, blocks)
-        for sparsity in (*dense, *options.sparsities)
-        for kind in forms
-        # Dense models of our own are the baseline of every cell.
-        if sparsity or kind == "deepsparse"
-        for blocks in options.blocks
-    ]
+        for sparsity in options.sparsities:
+            SynthConfig(options.like, Path(), blocks, sparsity)
 
 
 def _run(study: Study, cells: Sequence[Cell]) -> dict[str, str]:
     """Measure what is missing. Returns: cell → why it failed."""
     failed: dict[str, str] = {}
-    for number, cell in enumerate(cells, start=1):
-        if study.record(cell) is not None:
-            continue
-        sys.stderr.write(f"study: [{number}/{len(cells)}] {cell}\n")
-        if cell.kind == "deepsparse" and not ENGINES["deepsparse"].installed:
-            failed[str(cell)] = "the engine is not installed: losa runtimes install deepsparse"
-            continue
-        try:
-            study.measure(cell)
-        except LosaError as error:
-            failed[str(cell)] = str(error).splitlines()[0]
-            sys.stderr.write(f"study: {cell}: {error}\n")
+    missing = [cell for cell in cells if study.record(cell) is None]
+    models = Models(study.work / "models", study.like)
+    try:
+        for number, cell in enumerate(missing, start=1):
+            sys.stderr.write(f"study: [{number}/{len(missing)}] {cell}\n")
+            absent = [name for name in _engines(cell) if not ENGINES[name].installed]
+            if absent:
+                failed[str(cell)] = f"the engine is not installed: losa runtimes install {absent[0]}"
+                continue
+            try:
+                study.measure(cell, models)
+            except LosaError as error:
+                failed[str(cell)] = str(error).splitlines()[0]
+                sys.stderr.write(f"study: {cell}: {error}\n")
+            models.keep({model for later in missing[number:] for model in later.models})
+    finally:
+        models.clear()
     return failed
+
+
+def _engines(cell: Cell) -> list[str]:
+    """Engines with environments of their own that a cell needs."""
+    return [name for name in dict.fromkeys(FORMS[model.form].runtime for model in cell.models) if name in ENGINES]
 
 
 def _draw(folder: Path) -> None:

@@ -9,7 +9,9 @@ import pytest
 from losa_export import synth
 from losa_export.errors import ConfigError
 from losa_export.eval.studies import paper_speedup
-from losa_export.eval.studies.paper_speedup import Cell, Study, document_of, main, page, whole_model_ms
+from losa_export.eval.studies.paper_speedup import Cell, Study, cells_of, document_of, main
+from losa_export.eval.studies.speedup_models import DENSE, FORMS, Model, Models
+from losa_export.eval.studies.speedup_page import line_through, page
 from losa_export.synth import SHAPES, LlamaShape
 
 SMALL = LlamaShape(64, 176, heads=4, kv_heads=4, blocks=32, vocabulary=128, positions=256)
@@ -21,32 +23,73 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "SHAPES", {**SHAPES, "small": SMALL})
 
 
-def test_the_line_through_two_depths_gives_the_whole() -> None:
-    assert whole_model_ms([(2, 30.0), (4, 50.0)], 32) == pytest.approx(30 + 10 * 30)
-    assert whole_model_ms([(4, 50.0), (3, 999.0), (2, 30.0)], 4) == pytest.approx(50.0)
+def against_dense(form: str, sparsity: float, blocks: int) -> Cell:
+    return Cell(Model(form, sparsity, blocks), Model(DENSE, 0.0, blocks))
+
+
+def test_the_line_through_two_depths_gives_start_and_slope() -> None:
+    assert line_through([(2, 30.0), (4, 50.0)]) == pytest.approx((10.0, 10.0))
+    assert line_through([(4, 50.0), (3, 999.0), (2, 30.0)]) == pytest.approx((10.0, 10.0))
     with pytest.raises(ConfigError, match="a line needs two depths"):
-        whole_model_ms([(2, 30.0)], 32)
+        line_through([(2, 30.0)])
+
+
+def test_dense_peers_are_measured_once_and_duels_at_the_papers_sparsity() -> None:
+    cells = cells_of(["int8", "deepsparse", "llamacpp-q4"], [0.7, 0.5], [2, 4])
+    plain = [(cell.candidate.form, cell.candidate.sparsity) for cell in cells if not cell.is_duel]
+    assert plain[::2] == [
+        *[("deepsparse", 0.0), ("deepsparse", 0.0)],
+        *[("int8", 0.7), ("int8", 0.7)],
+        *[("int8", 0.5), ("int8", 0.5)],
+    ]
+    assert plain[1::2] == [
+        *[("llamacpp-q4", 0.0), ("llamacpp-q4", 0.0)],
+        *[("deepsparse", 0.7), ("deepsparse", 0.7)],
+        *[("deepsparse", 0.5), ("deepsparse", 0.5)],
+    ]
+    assert [str(cell) for cell in cells if cell.is_duel] == [
+        "DeepSparse, fp32, 70% zeros, 4 blocks, against DeepSparse, fp32, 0% zeros, 4 blocks",
+        "ours, int8, 70% zeros, 4 blocks, against dense Q4_0, llama.cpp, 0% zeros, 4 blocks",
+    ]
+    assert len({cell.name for cell in cells}) == len(cells)
+
+
+def test_models_are_made_once_and_go_when_nobody_wants_them(tmp_path: Path) -> None:
+    models = Models(tmp_path / "models", "small")
+    sparse, dense = Model("fp32", 0.7, 1), Model(DENSE, 0.0, 1)
+    before = {model: models.export(model).joinpath("model.onnx").stat().st_mtime_ns for model in (sparse, dense)}
+    models.keep({dense, Model("int8", 0.7, 1)})
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["checkpoint-70-1", "dense-0-1"]
+    assert models.export(dense).joinpath("model.onnx").stat().st_mtime_ns == before[dense]
+    models.clear()
+    assert not (tmp_path / "models").exists()
 
 
 @pytest.mark.slow
 def test_the_command_measures_goes_on_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work, pages = tmp_path / "work", tmp_path / "pages"
-    words = ["--like", "small", "--blocks", "1", "2", "--sparsities", "0.7", "--forms", "fp32", "int8"]
+    words = ["--like", "small", "--blocks", "1", "2", "--sparsities", "0.7", "--forms", "fp32", "int8", "ort-int4-32"]
     words += ["--prompt", "8", "--gen", "4", "--seconds", "1", "--threads", "1", "-o", str(work), "--page", str(pages)]
     assert main(words) == 0
     assert sorted(path.name for path in (work / "cells").iterdir()) == [
-        "fp32-70-1.json",
-        "fp32-70-2.json",
-        "int8-70-1.json",
-        "int8-70-2.json",
+        "fp32-70-1-against-dense-0-1.json",
+        "fp32-70-2-against-dense-0-2.json",
+        "int8-70-1-against-dense-0-1.json",
+        "int8-70-2-against-dense-0-2.json",
+        "int8-70-2-against-ort-int4-32-0-2.json",
+        "ort-int4-32-0-1-against-dense-0-1.json",
+        "ort-int4-32-0-2-against-dense-0-2.json",
     ]
     assert not list((work / "models").parent.glob("models"))
     record = json.loads((pages / "speedup.json").read_text())
-    assert len(record["cells"]) == 4
+    assert len(record["cells"]) == 7
     assert str(tmp_path) not in json.dumps(record)
     text = (pages / "speedup.md").read_text()
-    assert "| form | zeros | 1 blocks | 2 blocks | 32 blocks, ms, by the line |" in text
-    assert "ours, int8" in text
+    assert (
+        "| form | zeros | 1 blocks | 2 blocks | ms a block | against dense | ms of 32 blocks | against dense |" in text
+    )
+    assert "| ours, int8 | 70% | " in text
+    assert "| ours, int8 | dense int4, ONNX Runtime, blocks of 32 | " in text
     (pages / "speedup.md").unlink()
     capsys.readouterr()
     assert main(words) == 0  # nothing is measured again
@@ -55,13 +98,15 @@ def test_the_command_measures_goes_on_and_draws(tmp_path: Path, capsys: pytest.C
     assert (pages / "speedup.md").read_text() == text
 
 
-def cell(kind: str, sparsity: float, blocks: int, ratio: float) -> dict[str, Any]:
-    estimate = {"ms": 10.0 * blocks / ratio, "dense_ms": 10.0 * blocks, "ratio": ratio, "low": 0.95 * ratio}
+def cell(form: str, sparsity: float, blocks: int, ratio: float, against: str = DENSE) -> dict[str, Any]:
+    estimate = {"ms": 10.0 * blocks / ratio, "against_ms": 10.0 * blocks, "ratio": ratio, "low": 0.95 * ratio}
     estimate |= {"high": 1.05 * ratio, "verdict": "FASTER" if ratio > 1.06 else "NO DIFFERENCE SHOWN"}
     return {
-        "kind": kind,
+        "form": form,
         "sparsity": sparsity,
         "blocks": blocks,
+        "against": against,
+        "against_sparsity": 0.0,
         "decode": estimate,
         "prefill": estimate,
         "machine": {"cpu_model": "a processor"},
@@ -71,33 +116,44 @@ def cell(kind: str, sparsity: float, blocks: int, ratio: float) -> dict[str, Any
 
 def test_the_page_says_where_the_claim_holds_and_where_not() -> None:
     rows = [("deepsparse", 0.0, 0.9), ("deepsparse", 0.7, 1.8), ("fp32", 0.7, 2.6), ("int8", 0.7, 7.0)]
-    cells = [cell(kind, sparsity, blocks, ratio) for kind, sparsity, ratio in rows for blocks in (2, 4)]
+    cells = [cell(form, sparsity, blocks, ratio) for form, sparsity, ratio in rows for blocks in (2, 4)]
+    cells += [cell("deepsparse", 0.7, 4, 2.0, "deepsparse"), cell("int8", 0.7, 4, 1.6, "llamacpp-q4")]
     record = {"like": "small", "whole_blocks": 32, "prompt_tokens": 8, "new_tokens": 4, "command": "…", "failed": {}}
     text = page(record | {"cells": cells})
-    assert "- deepsparse: 1.80x (1.71 – 1.89) of dense float32 in ONNX Runtime, which falls short of 2.60x" in text
-    assert "of the engine's own dense model 2.00x" in text
-    assert "- ours, fp32: 2.60x (2.47 – 2.73) of dense float32 in ONNX Runtime, which may reach 2.60x." in text
-    assert "- ours, int8: 7.00x (6.65 – 7.35) of dense float32 in ONNX Runtime, which reaches 2.60x." in text
+    assert "## Beside the paper: decode, 70% zeros, 4 blocks" in text
+    dense = "dense float32 in ONNX Runtime"
+    assert f"- DeepSparse, fp32: 1.80x (1.71 – 1.89) of {dense}, which falls short of 2.60x." in text
+    assert "- DeepSparse, fp32: 2.00x (1.90 – 2.10) of its own dense model, which falls short of 2.60x." in text
+    assert f"- ours, fp32: 2.60x (2.47 – 2.73) of {dense}, which may reach 2.60x." in text
+    assert f"- ours, int8: 7.00x (6.65 – 7.35) of {dense}, which reaches 2.60x." in text
+    assert "of dense Q4_0" not in text
     assert text.count("NO DIFFERENCE SHOWN") == 4
-    assert "| deepsparse | 70% | 1.80x (1.71 – 1.89) | 1.80x (1.71 – 1.89) | 178 | 1.80x |" in text
+    row = "| DeepSparse, fp32 | 70% | 1.80x (1.71 – 1.89) | 1.80x (1.71 – 1.89) | 5.56 | 1.80x | 178 | 1.80x |"
+    assert row in text
+    assert "| DeepSparse, fp32 | DeepSparse, fp32, dense | 2.00x (1.90 – 2.10) | 2.00x (1.90 – 2.10) |" in text
+    assert "| ours, int8 | dense Q4_0, llama.cpp | 1.60x (1.52 – 1.68) | 1.60x (1.52 – 1.68) |" in text
 
 
 def test_an_engine_that_is_missing_is_said_and_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
-    monkeypatch.setattr(Study, "measure", lambda self, cell: measured.append(cell))
+    monkeypatch.setattr(Study, "measure", lambda self, cell, models: measured.append(cell))
     measured: list[Cell] = []
     words = ["--like", "small", "--blocks", "1", "--sparsities", "0.7", "-o", str(tmp_path / "work")]
     assert main(words) == 1
-    assert [one.kind for one in measured] == ["fp32", "int8", "int4"]
+    own = {form for form in FORMS if FORMS[form].runtime in ("ort", "ort-stock")} - {DENSE}
+    assert {one.candidate.form for one in measured} == own
+    assert {one.baseline.form for one in measured} == {DENSE, "ort-int4-32", "ort-int4-128"}
 
 
 def test_records_of_other_settings_do_not_count(tmp_path: Path) -> None:
-    study = Study("small", tmp_path)
-    assert study.record(Cell("fp32", 0.7, 1)) is None
-    assert document_of(study, [Cell("fp32", 0.7, 1)], {"x": "y"}, "…")["cells"] == []
+    study, cell = Study("small", tmp_path), against_dense("fp32", 0.7, 1)
+    assert study.record(cell) is None
+    assert document_of(study, [cell], {"x": "y"}, "…")["cells"] == []
 
 
-@pytest.mark.parametrize("words", [[], ["--page", "PAGES"], ["--like", "gpt", "-o", "WORK"]])
+@pytest.mark.parametrize(
+    "words", [[], ["--page", "PAGES"], ["--like", "gpt", "-o", "WORK"], ["--sparsities", "70", "-o", "WORK"]]
+)
 def test_a_command_that_cannot_work_says_so(
     tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
