@@ -24,6 +24,7 @@ from losa_export.commands.report import add_report
 from losa_export.commands.runtimes import add_runtimes
 from losa_export.commands.synth import add_synth
 from losa_export.commands.train import add_train
+from losa_export.commands.verify import add_verify
 from losa_export.errors import LosaError
 
 _Command = Callable[[argparse.Namespace], int]
@@ -80,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
             add_bench,
         ),
         ("eval", "perplexity, distance from a reference, zero-shot accuracy", add_eval),
-        ("report", "one page of benchmarks and training runs: DIR… → report.html", add_report),
+        ("verify", "check an export against the records of how it was made: hashes, zeros, figures", add_verify),
+        ("report", "one page of benchmarks, evaluations and training runs: DIR… → report.html", add_report),
         ("doctor", "examine this CPU: which sparsity pays, with which values", add_doctor),
         ("synth", "write a random checkpoint of a published shape, for benchmarks", add_synth),
         ("runtimes", "list, install or remove engines that need an environment of their own", add_runtimes),

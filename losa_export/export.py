@@ -277,6 +277,7 @@ def _write_model(
     )
     from losa_export.graph.sparsity import plan_sparsity
     from losa_export.graph.weights import WeightStore
+    from losa_export.graph.zeros import zeros_record
 
     plan = plan_sparsity(checkpoint, exporter.source, exporter.linears, config.chosen_weights)
     head = config.chosen_head
@@ -312,9 +313,11 @@ def _write_model(
         json.dumps(genai_config(exporter.facts, exporter.profile, _generation_config(checkpoint)), indent=2) + "\n",
     )
     # Linked to the file, not to what memory held while it was written.
-    sparse = read_sparse_linears(check_external_data(folder))
+    written = check_external_data(folder)
+    sparse = read_sparse_linears(written)
     if plan.store_sparse:
         check_digests(sparse, plan.digests)
+    zeros = zeros_record(written, exporter.linears) if plan.digests and not plan.store_sparse else {}
     types = StoredTypes()
     if sparse or (config.values, head) != ("fp32", "fp32"):
         types = StoredTypes.settled(config.values, head, config.group, config.activations)
@@ -333,6 +336,7 @@ def _write_model(
         "dense_bytes": 4 * weights,
         "sparsity_fraction": sum(linear.zeros for linear in sparse.values()) / linears,
         "tensors": {name: linear.as_dict() for name, linear in sparse.items()},
+        **({"zero_patterns": zeros} if zeros else {}),
         "notes": [_FOLDING_NOTE] if sparse else [],
     }
 

@@ -191,6 +191,20 @@ def test_dense_weights_of_a_sparse_checkpoint_answer_the_same(sparse: Path, tmp_
     assert tokens[0] == tokens[1]
 
 
+def test_zeros_of_dense_matrices_are_recorded_where_they_are_exact(sparse: Path, tmp_path: Path) -> None:
+    kinds: dict[str, dict[str, Any]] = {"plain": {"weights": "dense"}, "compressed": {}}
+    kinds["rounded"] = {"weights": "dense", "values": "int8"}
+    for name, settings in kinds.items():
+        export_onnx(quick(sparse, tmp_path / name, **settings))
+    zeros = manifest(tmp_path / "plain")["zero_patterns"]
+    masks, weights = load_masks_of(sparse), load_file(sparse / "model.safetensors")
+    assert set(zeros) == set(masks)
+    for name, entry in zeros.items():
+        assert entry["nonzero_sha256"] == digest(weights[name] != 0)
+        assert entry["zeros"] == np.count_nonzero(weights[name] == 0) > np.count_nonzero(~masks[name])
+    assert all("zero_patterns" not in manifest(tmp_path / name) for name in ("compressed", "rounded"))
+
+
 def test_our_kernels_and_the_stock_engine_give_the_same_tokens_from_one_file(sparse: Path, tmp_path: Path) -> None:
     from losa_export.runtimes import native
 
