@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from losa_export.errors import InputError
-from losa_export.eval import bench_report, bench_sweep
+from losa_export.eval import bench_report, bench_sweep, doctor_report, evaluation
 
 if TYPE_CHECKING:
     from losa_export.training.journal import RoundRecord
@@ -17,10 +17,77 @@ if TYPE_CHECKING:
 # Records larger than this are something else.
 _LARGEST_BYTES = 256 * 2**20
 
+# What is read of each kind of record, so that one without it is left out by name.
+_ENGINE_FIELDS = (
+    "folder",
+    "runtime",
+    "engine.engine",
+    "engine.version",
+    "engine.kernel_row",
+    "engine.model_files",
+    "model",
+    "files",
+    "model_bytes",
+    "peak_rss_bytes",
+    "load_median_ms",
+    *(f"{metric}.{name}" for metric in ("prefill", "decode") for name in ("median_ms", "mad_ms")),
+)
+_MACHINE_FIELDS = (
+    *("cpu_model", "physical_cores", "virtual", "affinity_cpus", "memory_bytes"),
+    *("system", "kernel", "packages", "git_revision"),
+)
+_CONFIG_FIELDS = (
+    *("candidate", "baseline", "candidate_runtime", "baseline_runtime"),
+    *("prompt_tokens", "new_tokens", "batch", "answers", "max_seconds"),
+)
+_ACCURACIES = tuple(
+    f"{name}.{part}" for name in ("accuracy", "accuracy_normalised") for part in ("share", "standard_error")
+)
+_FIELDS: Mapping[str, tuple[str, ...]] = {
+    bench_report.SCHEMA: (
+        *("created_utc", "threads", "answers.mode", "answers.candidate", "answers.baseline"),
+        *("warmup_blocks", "timed_seconds", "samples", "warnings"),
+        *(f"config.{name}" for name in _CONFIG_FIELDS),
+        *(f"machine.{name}" for name in _MACHINE_FIELDS),
+        *(f"{side}.{name}" for side in ("candidate", "baseline") for name in _ENGINE_FIELDS),
+        *(
+            f"{metric}.all_blocks.{name}"
+            for metric in ("prefill", "decode")
+            for name in ("ratio", "low", "high", "verdict", "blocks", "smallest_shown")
+        ),
+    ),
+    bench_sweep.SCHEMA: ("runs",),
+    evaluation.SCHEMA: (
+        *("target.folder", "target.engine.name", "target.engine.model_files"),
+        *(f"texts.{name}" for name in ("name", "protocol", "window", "windows")),
+        *(f"texts.target.{name}" for name in ("perplexity", "window_nll")),
+        *(f"tasks.{name}" for name in ("name", "items", "usual")),
+        *(f"tasks.target.{name}" for name in _ACCURACIES),
+    ),
+    doctor_report.SCHEMA: (
+        *("threads", "bandwidth_one", "bandwidth_all", "bandwidth_samples"),
+        *("machine.cpu_model", "machine.physical_cores"),
+    ),
+}
+# Of an evaluation that held its target against a reference.
+_COMPARED_FIELDS = (
+    *("reference.folder", "reference.engine.name", "reference.engine.model_files", "texts.reference.perplexity"),
+    *(f"texts.{name}" for name in ("kl_mean", "kl_p99", "agreement")),
+    *(f"texts.nll_difference.{name}" for name in ("mean", "low", "high")),
+    *(f"tasks.reference.{name}" for name in _ACCURACIES),
+    *(f"tasks.mcnemar.{name}" for name in ("only_target", "only_reference", "p")),
+)
+_VERSIONS = {
+    bench_report.SCHEMA: bench_report.SCHEMA_VERSION,
+    bench_sweep.SCHEMA: bench_sweep.SCHEMA_VERSION,
+    evaluation.SCHEMA: evaluation.SCHEMA_VERSION,
+    doctor_report.SCHEMA: doctor_report.SCHEMA_VERSION,
+}
+
 
 @dataclass(frozen=True)
-class BenchSource:
-    """One benchmark: `document` as `bench.json` holds it, from `file` (a sweep's file holds several)."""
+class Source:
+    """One record: `document` as its schema says, from `file` (a sweep's file holds several)."""
 
     file: Path
     document: Mapping[str, Any]
@@ -40,12 +107,18 @@ class Sources:
 
     Attributes:
         benches: benchmarks, those of sweeps among them.
+        evals: evaluations.
+        doctors: examinations of a machine.
         runs: training runs.
+        files: whatever these came from, once each.
         skipped: files that look like a record of ours and cannot be used, each with the reason.
     """
 
-    benches: tuple[BenchSource, ...]
+    benches: tuple[Source, ...]
+    evals: tuple[Source, ...]
+    doctors: tuple[Source, ...]
     runs: tuple[RunSource, ...]
+    files: tuple[Path, ...]
     skipped: tuple[tuple[Path, str], ...]
 
 
@@ -56,24 +129,36 @@ def find_sources(places: Sequence[Path]) -> Sources:
     """
     from losa_export.training.journal import JOURNAL_FILE
 
-    benches: list[BenchSource] = []
+    records: dict[str, list[Source]] = {schema: [] for schema in _VERSIONS}
     runs: list[RunSource] = []
     skipped: list[tuple[Path, str]] = []
+    for file in _files(places):
+        if file.name == JOURNAL_FILE:
+            _add_run(file, runs, skipped)
+        elif file.suffix == ".json" and file.is_file() and file.stat().st_size <= _LARGEST_BYTES:
+            _add_record(file, records, skipped)
+    benches, evals, doctors = (
+        tuple(records[schema]) for schema in (bench_report.SCHEMA, evaluation.SCHEMA, doctor_report.SCHEMA)
+    )
+    if not benches and not evals and not runs:
+        why = "".join(f"; '{path.name}': {reason}" for path, reason in skipped)
+        raise InputError(
+            "there is no record of 'losa bench', 'losa eval' or 'losa train' in "
+            f"{', '.join(map(str, places))}{why}; measure first"
+        )
+    found = [source.file for source in (*benches, *evals, *doctors)] + [run.folder / JOURNAL_FILE for run in runs]
+    return Sources(benches, evals, doctors, tuple(runs), tuple(dict.fromkeys(found)), tuple(skipped))
+
+
+def _files(places: Sequence[Path]) -> list[Path]:
+    """All files of these places, each once, though a place may lie inside another."""
+    found: dict[Path, Path] = {}
     for place in places:
         if not place.exists():
             raise InputError(f"'{place}' does not exist; give files or folders with records", path=place)
-        files = sorted(place.rglob("*")) if place.is_dir() else [place]
-        for file in files:
-            if file.name == JOURNAL_FILE:
-                _add_run(file, runs, skipped)
-            elif file.suffix == ".json" and file.is_file() and file.stat().st_size <= _LARGEST_BYTES:
-                _add_benches(file, benches, skipped)
-    if not benches and not runs:
-        why = "".join(f"; '{path.name}': {reason}" for path, reason in skipped)
-        raise InputError(
-            f"there is no record of 'losa bench' or 'losa train' in {', '.join(map(str, places))}{why}; measure first"
-        )
-    return Sources(tuple(benches), tuple(runs), tuple(skipped))
+        for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
 
 
 def _add_run(file: Path, runs: list[RunSource], skipped: list[tuple[Path, str]]) -> None:
@@ -88,22 +173,49 @@ def _add_run(file: Path, runs: list[RunSource], skipped: list[tuple[Path, str]])
         runs.append(RunSource(file.parent, rounds))
 
 
-def _add_benches(file: Path, benches: list[BenchSource], skipped: list[tuple[Path, str]]) -> None:
+def _add_record(file: Path, records: dict[str, list[Source]], skipped: list[tuple[Path, str]]) -> None:
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return  # not ours
-    if not isinstance(document, dict):
+    if _schema(document) is None:
         return
-    known = {
-        bench_report.SCHEMA: bench_report.SCHEMA_VERSION,
-        bench_sweep.SCHEMA: bench_sweep.SCHEMA_VERSION,
-    }
-    schema, version = document.get("schema"), document.get("schema_version")
-    if schema not in known:
-        return
-    if version != known[schema]:
-        skipped.append((file, f"schema version {version}, this version reads {known[schema]}"))
-        return
-    found = document["runs"] if schema == bench_sweep.SCHEMA else [document]
-    benches.extend(BenchSource(file, one) for one in found)
+    reason = _unusable(document)
+    if reason is not None:
+        skipped.append((file, reason))
+    elif document["schema"] == bench_sweep.SCHEMA:
+        for number, run in enumerate(document["runs"], start=1):
+            reason = _unusable(run) if _schema(run) == bench_report.SCHEMA else "it is no benchmark"
+            if reason is None:
+                records[bench_report.SCHEMA].append(Source(file, run))
+            else:
+                skipped.append((file, f"run {number}: {reason}"))
+    else:
+        records[document["schema"]].append(Source(file, document))
+
+
+def _schema(document: object) -> str | None:
+    """The schema of ours that a document names; None if there is none."""
+    name = document.get("schema") if isinstance(document, dict) else None
+    return name if name in _VERSIONS else None
+
+
+def _unusable(document: Mapping[str, Any]) -> str | None:
+    """Why a document with a schema of ours cannot be shown; None if it can."""
+    schema, version = document["schema"], document.get("schema_version")
+    if version != _VERSIONS[schema]:
+        return f"schema version {version}, this version reads {_VERSIONS[schema]}"
+    fields = _FIELDS[schema]
+    if schema == evaluation.SCHEMA and "reference" in document:
+        fields += _COMPARED_FIELDS
+    missing = next((path for path in fields if not _has(document, path.split("."))), None)
+    return None if missing is None else f"it has no field '{missing}'; measure again"
+
+
+def _has(value: Any, path: Sequence[str]) -> bool:
+    """Whether a field such as decode → median_ms is there; of a list, in each entry."""
+    if not path:
+        return True
+    if isinstance(value, list):
+        return all(_has(entry, path) for entry in value)
+    return isinstance(value, Mapping) and path[0] in value and _has(value[path[0]], path[1:])

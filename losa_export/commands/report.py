@@ -28,5 +28,8 @@ def _report(arguments: argparse.Namespace) -> int:
     found = write_report(arguments.places, arguments.output, arguments.markdown)
     for path, reason in found.skipped:
         print(f"losa: left out '{path}': {reason}", file=sys.stderr)
-    print(f"{arguments.output}: {len(found.benches)} benchmarks, {len(found.runs)} training runs")
+    print(
+        f"{arguments.output}: {len(found.benches)} benchmarks, {len(found.evals)} evaluations, "
+        f"{len(found.runs)} training runs"
+    )
     return 0
