@@ -88,12 +88,8 @@ class DeepSparseRuntime(RowRuntime):
         row.handle = self._library.LIB.kv_cache(0, 0)
 
     def append(self, row: Row, ids: Int64) -> Float32:
-        """See `RowRuntime.append`. Many tokens enter in pieces; pieces of a new length are compiled for."""
-        past, found = row.length, []
-        for piece in np.split(ids, np.cumsum(pieces(ids.size, row.capacity))[:-1]):
-            found.append(self._run(row, past, piece))
-            past += piece.size
-        return np.concatenate(found)
+        """See `RowRuntime.append`. Prompts of a new length are compiled for."""
+        return self._run(row, row.length, ids)
 
     def describe(self) -> RuntimeDescription:
         """The engine, its threads, how much of the graph it accelerates, and the files."""
@@ -117,7 +113,7 @@ class DeepSparseRuntime(RowRuntime):
         self._programs = _Programs(0)
 
     def _run(self, row: Row, past: int, ids: Int64) -> Float32:
-        """Run one piece. Tokens stand at the end of the cache's length, on which all programs of a cache must agree."""
+        """Run some tokens. They stand at the end of the cache's length, on which all programs of a cache must agree."""
         engine, total = self._engine(ids.size, row.capacity), program_length(row.capacity)
         mask = (np.arange(total) >= total - past - ids.size).astype(np.int64)[None]
         given = {
@@ -177,20 +173,11 @@ class DeepSparseRuntime(RowRuntime):
 def program_length(capacity: int) -> int:
     """Tokens of a program's cache and input together.
 
-    One more than asked for, since the engine spoils the answer of the token that fills the last place; and never so
-    few that `pieces` could not cut.
+    The engine answers wrongly, or crashes, for a prompt that is not shorter than the cache beside it, and for one that
+    enters in pieces; and it spoils the answer of the token that fills the last place. So there is room for a prompt
+    of the whole capacity, and one token more.
     """
-    return max(3, capacity + 1)
-
-
-def pieces(prompt: int, capacity: int) -> list[int]:
-    """How a prompt is cut: nearly equal pieces, each shorter than the cache beside it.
-
-    For a longer piece the engine answers NaN, or crashes.
-    """
-    longest = (program_length(capacity) - 1) // 2
-    count = -(-prompt // longest)
-    return [prompt // count + (index < prompt % count) for index in range(count)]
+    return 2 * capacity + 1
 
 
 def _sizes(name: str, tokens: int, total: int) -> tuple[int | None, ...]:
