@@ -6,9 +6,10 @@ is known, so that an evaluation that was stopped goes on where it was.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -23,19 +24,26 @@ from losa_export.errors import ConfigError, InputError, RuntimeFailureError
 from losa_export.eval.fidelity import divergences
 from losa_export.eval.machine import machine_record
 from losa_export.eval.perplexity import cut_windows, read_wikitext, token_nll
+from losa_export.eval.remote_runtime import open_runtime
+from losa_export.eval.scorer import Scorer, open_scorer
 from losa_export.eval.stats import mean_interval
+from losa_export.eval.task_hub import find_source, load_items
 from losa_export.eval.tasks import Item, find_task, read_items
-from losa_export.eval.zero_shot import Choice, ItemScores, accuracy, encode_item, judge, log_likelihoods, mcnemar
-from losa_export.files import check_output_file, input_folder, write_text_atomic
+from losa_export.eval.zero_shot import Choice, ItemScores, accuracy, encode_item, judge, mcnemar
+from losa_export.files import check_output_file, input_folder, sha256_of, write_text_atomic
 from losa_export.onnx_file import MODEL_FILE
 from losa_export.progress import Progress
 from losa_export.runtimes.base import Runtime, RuntimeName
 from losa_export.runtimes.detokenize import load_stop_ids
-from losa_export.runtimes.isolated import ENGINES
-from losa_export.runtimes.loader import load_runtime
 from losa_export.text import encode_documents, load_tokenizer, read_documents
 
 SCHEMA, SCHEMA_VERSION = "losa-eval", 1
+
+# Of the work file: measures of one version do not go with those of another.
+_WORK_VERSION = 2
+
+# Items of a task that are scored at once, and kept once they are: a few passes of a packed scorer.
+_BLOCK = 16
 
 Record = dict[str, Any]
 
@@ -70,7 +78,7 @@ class EvalConfig:
         reference_runtime: likewise; None: 'ort-stock' for an export, 'torch' for a checkpoint.
         texts: to measure perplexity and divergence on.
         tasks: names of `tasks.TASKS`.
-        task_folder: where their files are, NAME.jsonl.
+        task_folder: where their files are, NAME.jsonl; None takes them from the hub, through the package `datasets`.
         limit: items of each task, from the start; None takes all.
         threads: of each runtime; None takes what the machine offers.
     """
@@ -90,17 +98,10 @@ class EvalConfig:
         """Raises: ConfigError naming the field."""
         if not self.texts and not self.tasks:
             raise ConfigError("there is nothing to measure; give --text, --wikitext or --tasks", field="texts")
-        if self.tasks and self.task_folder is None:
-            raise ConfigError("--tasks needs --task-folder, which holds NAME.jsonl of each", field="task_folder")
         for name in self.tasks:
             find_task(name)
-        for side, runtime in (("runtime", self.runtime), ("reference_runtime", self.reference_runtime)):
-            if runtime in ENGINES:
-                raise ConfigError(
-                    f"{side} is '{runtime}', which has an environment of its own; losa eval runs ort, ort-stock, genai "
-                    "and torch",
-                    field=side,
-                )
+            if self.task_folder is None:
+                find_source(name)
 
 
 def evaluate(config: EvalConfig, *, show_progress: bool = True) -> Record:
@@ -108,7 +109,8 @@ def evaluate(config: EvalConfig, *, show_progress: bool = True) -> Record:
 
     Raises:
         ConfigError, InputError: folders, options, or vocabularies that do not go together.
-        TextError: a text or a task's file is unusable, with its row; before anything is measured.
+        TextError: a text or a task's rows are unusable, with the row; before anything is measured.
+        MissingDependencyError: tasks are wanted from the hub, and `datasets` is not installed.
         RuntimeFailureError: a runtime gives NaN or infinity.
         OutputError: the result cannot be written.
     """
@@ -120,7 +122,7 @@ def evaluate(config: EvalConfig, *, show_progress: bool = True) -> Record:
     with ExitStack() as stack:
         runtimes = {
             side: stack.enter_context(
-                closing(load_runtime(names[side] or _default(side, folder), folder, threads=config.threads))
+                closing(open_runtime(names[side] or _default(side, folder), folder, threads=config.threads))
             )
             for side, folder in folders.items()
         }
@@ -128,16 +130,17 @@ def evaluate(config: EvalConfig, *, show_progress: bool = True) -> Record:
             raise InputError(f"'{config.target}' and '{config.reference}' have other vocabularies: not one family")
         tokenizer = load_tokenizer(config.target)
         texts = [(text, _windows(text, config.target, tokenizer, runtimes["target"])) for text in config.texts]
-        tasks = [
-            (name, _task_file(config, name), read_items(find_task(name), _task_file(config, name), config.limit))
-            for name in config.tasks
-        ]
+        tasks = {name: _items(config, name) for name in config.tasks}
+        # Both sides read the same tokens, so the one of fewer positions decides.
+        shorter = min(runtimes.values(), key=lambda runtime: runtime.max_positions)
         encoded = {
-            name: [encode_item(tokenizer, item, runtimes["target"], path) for item in items]
-            for name, path, items in tasks
+            name: [encode_item(tokenizer, item, shorter, _task_source(config, name)) for item in items]
+            for name, items in tasks.items()
         }
-        work = _Work(config.output, _fingerprint(config, folders))
-        total = sum(len(windows) for _, windows in texts) + sum(len(items) for _, _, items in tasks)
+        scorers = {side: open_scorer(runtime, folders[side]) for side, runtime in runtimes.items() if tasks}
+        identities = {side: _identity(folder, runtimes[side]) for side, folder in folders.items()}
+        work = _Work(config.output, _fingerprint(config, folders, tasks))
+        total = sum(len(windows) for _, windows in texts) + sum(map(len, tasks.values()))
         with Progress("evaluating", total, "windows and items", enabled=show_progress) as progress:
             measured_texts = []
             for number, (text, windows) in enumerate(texts):
@@ -147,17 +150,24 @@ def evaluate(config: EvalConfig, *, show_progress: bool = True) -> Record:
                     progress.advance()
                 measured_texts.append(_text_record(text, rows, compared="reference" in runtimes))
             measured_tasks = []
-            for name, _, items in tasks:
+            for name, items in tasks.items():
                 scores: list[dict[str, list[float]]] = []
-                for item, choices in zip(items, encoded[name], strict=True):
-                    scores.append(work.once(f"{name} row {item.row}", partial(_scores, runtimes, choices)))
-                    progress.advance()
-                measured_tasks.append(_task_record(name, items, scores))
+                for block in _blocks(items, encoded[name]):
+                    keys = [f"{name} row {item.row}" for item, _ in block]
+                    scores += work.together(keys, partial(_scores, scorers, [choices for _, choices in block]))
+                    progress.advance(len(block))
+                measured_tasks.append(_task_record(config, name, items, encoded[name], scores))
+                for side, scorer in scorers.items():
+                    measured_tasks[-1][side]["scoring"] = scorer.method
         record: Record = {
             "schema": SCHEMA,
             "schema_version": SCHEMA_VERSION,
             **{
-                side: {"folder": folders[side].name, "engine": runtime.describe().as_dict()}
+                side: {
+                    "folder": folders[side].name,
+                    "sha256": identities[side],
+                    "engine": runtime.describe().as_dict(),
+                }
                 for side, runtime in runtimes.items()
             },
             "texts": measured_texts,
@@ -175,6 +185,13 @@ def _default(side: str, folder: Path) -> RuntimeName:
     return "ort" if side == "target" else "ort-stock"
 
 
+def _identity(folder: Path, runtime: Runtime) -> dict[str, str]:
+    """SHA-256 of the files that decide a model's answers, by name, for `losa verify` and reports."""
+    # The manifest too, so that its figures are bound to this evaluation.
+    names = sorted({*runtime.describe().model_files, "export.json", "tokenizer.json"})
+    return {name: sha256_of(folder / name) for name in names if (folder / name).is_file()}
+
+
 def _windows(text: EvalText, target: Path, tokenizer: Tokenizer, runtime: Runtime) -> NDArray[np.int64]:
     if text.window > runtime.max_positions:
         raise ConfigError(
@@ -189,9 +206,22 @@ def _windows(text: EvalText, target: Path, tokenizer: Tokenizer, runtime: Runtim
     return cut_windows(stream, text.window, text.windows)
 
 
-def _task_file(config: EvalConfig, name: str) -> Path:
-    assert config.task_folder is not None  # checked by EvalConfig
-    return config.task_folder / f"{name}.jsonl"
+def _items(config: EvalConfig, name: str) -> list[Item]:
+    task = find_task(name)
+    if config.task_folder is None:
+        return load_items(task, config.limit)
+    return read_items(task, _task_file(config.task_folder, name), config.limit)
+
+
+def _task_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.jsonl"
+
+
+def _task_source(config: EvalConfig, name: str) -> str:
+    """Where a task's questions come from, for messages."""
+    if config.task_folder is None:
+        return str(find_source(name))
+    return f"'{_task_file(config.task_folder, name)}'"
 
 
 def _window(runtimes: Mapping[str, Runtime], ids: NDArray[np.int64]) -> Record:
@@ -211,9 +241,22 @@ def _window(runtimes: Mapping[str, Runtime], ids: NDArray[np.int64]) -> Record:
     return row
 
 
-def _scores(runtimes: Mapping[str, Runtime], choices: Sequence[Choice]) -> dict[str, list[float]]:
-    """One item: log-likelihoods of its choices on each side."""
-    return {side: log_likelihoods(runtime, choices) for side, runtime in runtimes.items()}
+def _blocks(items: Sequence[Item], encoded: Sequence[list[Choice]]) -> Iterator[list[tuple[Item, list[Choice]]]]:
+    pairs = list(zip(items, encoded, strict=True))
+    for start in range(0, len(pairs), _BLOCK):
+        yield pairs[start : start + _BLOCK]
+
+
+def _scores(
+    scorers: Mapping[str, Scorer], items: Sequence[Sequence[Choice]], places: Sequence[int]
+) -> list[dict[str, list[float]]]:
+    """Those of the items that are at `places`: log-likelihoods of their choices on each side."""
+    asked = [items[place] for place in places]
+    found = {side: scorer.score(asked) for side, scorer in scorers.items()}
+    return [
+        {side: [score.log_likelihood for score in scores[number]] for side, scores in found.items()}
+        for number in range(len(asked))
+    ]
 
 
 def _text_record(text: EvalText, rows: Sequence[Record], *, compared: bool) -> Record:
@@ -248,11 +291,19 @@ def _loss(nll: Sequence[float]) -> Record:
     }
 
 
-def _task_record(name: str, items: Sequence[Item], scores: Sequence[dict[str, list[float]]]) -> Record:
+def _task_record(
+    config: EvalConfig,
+    name: str,
+    items: Sequence[Item],
+    encoded: Sequence[Sequence[Choice]],
+    scores: Sequence[dict[str, list[float]]],
+) -> Record:
     task = find_task(name)
     record: Record = {
         "name": name,
+        "source": f"{name}.jsonl" if config.task_folder is not None else str(find_source(name)),
         "items": len(items),
+        "items_cut": sum(any(choice.cut for choice in choices) for choices in encoded),
         "usual": "accuracy_normalised" if task.normalised else "accuracy",
     }
     judged = {side: [judge(item, row[side]) for item, row in zip(items, scores, strict=True)] for side in scores[0]}
@@ -263,6 +314,7 @@ def _task_record(name: str, items: Sequence[Item], scores: Sequence[dict[str, li
                 zip(("share", "standard_error"), _accuracy([one.correct_normalised for one in found]), strict=True)
             ),
             "log_likelihoods": {one.row: list(one.log_likelihoods) for one in found},
+            "right": [one.row for one in found if _usual(one, task.normalised)],
         }
     if "reference" in judged:
         ours, theirs = ([_usual(one, task.normalised) for one in judged[side]] for side in ("target", "reference"))
@@ -284,18 +336,19 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _fingerprint(config: EvalConfig, folders: dict[str, Path]) -> Record:
+def _fingerprint(config: EvalConfig, folders: dict[str, Path], tasks: Mapping[str, Sequence[Item]]) -> Record:
     """What earlier work must agree in to be gone on with."""
     files = {
         side: [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.*"))]
         for side, folder in folders.items()
     }
-    paths = [text.path for text in config.texts] + [_task_file(config, name) for name in config.tasks]
+    paths = [text.path for text in config.texts]
     sources = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     return {
-        "version": SCHEMA_VERSION,
+        "version": _WORK_VERSION,
         "files": files,
         "sources": sources,
+        "tasks": {name: hashlib.sha256(repr(items).encode()).hexdigest() for name, items in tasks.items()},
         "runtimes": [config.runtime, config.reference_runtime],
         "texts": [[text.wikitext, text.window, text.windows] for text in config.texts],
     }
@@ -319,11 +372,17 @@ class _Work:
 
     def once(self, key: str, measure: Callable[[], Any]) -> Any:
         """The value of `key`: from earlier work, or measured and kept now."""
-        if key not in self._found:
-            self._found[key] = measure()
+        return self.together([key], lambda _: [measure()])[0]
+
+    def together(self, keys: Sequence[str], measure: Callable[[list[int]], list[Any]]) -> list[Any]:
+        """The value of each key; `measure` is given the places of those that are not known, to measure at once."""
+        missing = [place for place, key in enumerate(keys) if key not in self._found]
+        if missing:
+            fresh = {keys[place]: value for place, value in zip(missing, measure(missing), strict=True)}
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([key, self._found[key]]) + "\n")
-        return self._found[key]
+                file.writelines(json.dumps(entry) + "\n" for entry in fresh.items())
+            self._found |= fresh
+        return [self._found[key] for key in keys]
 
     def remove(self) -> None:
         """The result is written."""

@@ -8,7 +8,9 @@ name their fields; which fields a task wants is in `TASKS`.
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +58,16 @@ class Task:
 
 
 def _hellaswag(row: Row) -> tuple[str, Sequence[str], int]:
-    return f"{row['activity_label']}: {row['ctx']}", row["endings"], int(row["label"])
+    # The authors' file has the context in two parts as well; there the second part begins a sentence in lower case.
+    first, second = row.get("ctx_a"), row.get("ctx_b")
+    context = f"{first} {second.capitalize()}" if isinstance(first, str) and isinstance(second, str) else row["ctx"]
+    endings = [_plain(ending) if isinstance(ending, str) else ending for ending in row["endings"]]
+    return _plain(f"{row['activity_label']}: {context}"), endings, int(row["label"])
+
+
+def _plain(text: str) -> str:
+    """Text without the marks that WikiHow's pages left in HellaSwag, such as '[header]', as the harness drops them."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def _piqa(row: Row) -> tuple[str, Sequence[str], int]:
@@ -125,25 +136,32 @@ def read_items(task: Task, path: Path, limit: int | None = None) -> list[Item]:
         lines = path.read_bytes().decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise TextError(f"'{path}' cannot be read as UTF-8 text ({error}); check the path", path=path) from error
-    items: list[Item] = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            items.append(_item(task, path, number, line))
-        if len(items) == limit:
-            break
+    rows = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    items = [item_of(task, f"'{path}'", number, line) for number, line in itertools.islice(rows, limit)]
     if not items:
         raise TextError(f"'{path}' holds no row; {task.name} needs one JSON object a line", path=path)
     return items
 
 
-def _item(task: Task, path: Path, number: int, line: str) -> Item:
-    def wrong(why: str) -> TextError:
-        return TextError(f"'{path}', row {number}: {why}; {task.name} wants {', '.join(task.fields)}", row=number)
+def item_of(task: Task, source: str, number: int, row: object) -> Item:
+    """The question that a row asks.
 
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise wrong(f"it is not JSON ({error})") from error
+    Args:
+        task: what kind it is.
+        source: where the row comes from, for messages.
+        number: of the row there, from 1.
+        row: a mapping, or a line of JSON that holds one.
+    Raises: TextError naming source, row and what is wrong with it.
+    """
+
+    def wrong(why: str) -> TextError:
+        return TextError(f"{source}, row {number}: {why}; {task.name} wants {', '.join(task.fields)}", row=number)
+
+    if isinstance(row, str):
+        try:
+            row = json.loads(row)
+        except ValueError as error:
+            raise wrong(f"it is not JSON ({error})") from error
     if not isinstance(row, dict):
         raise wrong("it is no JSON object")
     for name, kind in task.fields.items():

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 from losa_export.errors import BenchmarkError, LosaError
 from losa_export.eval.answers import Answers, Workload, answers_of, workload_logits
 from losa_export.eval.parity import GateReport, GateThresholds, gate
-from losa_export.runtimes.base import Runtime, RuntimeDescription, RuntimeName
+from losa_export.runtimes.base import DecodeState, Runtime, RuntimeDescription, RuntimeName
 
 Loader = Callable[..., Runtime]
+StateMethod = Literal["prefill", "decode", "reset"]
 
 _MODULES = {
     "ort": "losa_export.runtimes.ort",
@@ -113,6 +114,8 @@ class EngineSession:
     def __init__(self, load: Loader | None = None) -> None:
         self._load = load
         self._runtime: Runtime | None = None
+        self._states: dict[int, DecodeState] = {}
+        self._made_states = 0
         self._idle_since = (time.process_time(), time.perf_counter())
 
     def load(self, name: RuntimeName, folder: Path, threads: int) -> Loaded:
@@ -134,6 +137,24 @@ class EngineSession:
             description=runtime.describe(),
             peak_load=memory_use(),
         )
+
+    def new_state(self, batch: int, capacity: int, dropped: list[int]) -> int:
+        """Make a cache, after those that are no longer wanted are gone. Returns: its number."""
+        for number in dropped:
+            del self._states[number]
+        self._made_states += 1
+        self._states[self._made_states] = self._ready().new_state(batch, capacity)
+        return self._made_states
+
+    def on_state(
+        self, number: int, method: StateMethod, arguments: dict[str, Any]
+    ) -> tuple[NDArray[np.float32] | None, NDArray[np.int64]]:
+        """Prefill, decode or reset. Returns: logits, if the command gives any, and the rows' lengths."""
+        state = self._states[number]
+        if method == "reset":
+            state.reset(**arguments)
+            return None, np.array(state.lengths)
+        return getattr(self._ready(), method)(state, **arguments), np.array(state.lengths)
 
     def answers(self, prompts: tuple[NDArray[np.int64], ...], new_tokens: int) -> Answers:
         """Answers of this engine, for another to be held against."""
@@ -202,6 +223,7 @@ class EngineSession:
 
     def close(self) -> None:
         """Release the engine."""
+        self._states.clear()
         if self._runtime is not None:
             self._runtime.close()
             self._runtime = None

@@ -1,9 +1,10 @@
 """Log-likelihoods of the choices of zero-shot items, in any runtime, and what follows from them.
 
-A choice's input is its context's tokens and its own, as lm-evaluation-harness cuts them: trailing spaces of the context
-go to the continuation, and the continuation's tokens are those of both together behind as many as the context has.
-What the choices of an item have in common, nearly always the context, is read once where the runtime can go on from
-it (`ExtendingRuntime`).
+A choice's input is its context's tokens and its own, as lm-evaluation-harness cuts them: with the special tokens that
+the tokenizer puts there by itself, usually beginning-of-text or none; trailing spaces of the context go to the
+continuation, and the continuation's tokens are those of both together behind as many as the context has. An input that
+exceeds the model's positions loses its first tokens. What the choices of an item have in common, nearly always the
+context, is read once where the runtime can go on from it (`ExtendingRuntime`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +33,25 @@ class Choice:
     Attributes:
         ids: (S,) int64, context and continuation.
         scored: how many of them, the last ones, are the continuation.
+        cut: how many tokens of the context were left out before them, because the model has no positions for all.
     """
 
     ids: Int64
     scored: int
+    cut: int = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the model makes of one choice.
+
+    Attributes:
+        log_likelihood: of the continuation after the context, nats.
+        greedy: whether each of its tokens is the likeliest one.
+    """
+
+    log_likelihood: float
+    greedy: bool
 
 
 @dataclass(frozen=True)
@@ -61,36 +76,42 @@ def encode_choice(tokenizer: Tokenizer, context: str, continuation: str) -> Choi
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
-    before = tokenizer.encode(context, add_special_tokens=False).ids
-    whole = tokenizer.encode(context + continuation, add_special_tokens=False).ids
+    before = tokenizer.encode(context).ids
+    whole = tokenizer.encode(context + continuation).ids
     behind = whole[len(before) :]
     return Choice(np.array(before + behind, dtype=np.int64), len(behind))
 
 
-def encode_item(tokenizer: Tokenizer, item: Item, runtime: Runtime, file: Path) -> list[Choice]:
-    """The choices of an item.
+def encode_item(tokenizer: Tokenizer, item: Item, runtime: Runtime, source: str) -> list[Choice]:
+    """The choices of an item; `source` is where it comes from, for messages.
 
-    Raises: TextError naming the row if one is longer than the model's positions, has ids that it does not know, or
-        nothing to score.
+    Raises: TextError naming the row if a continuation is longer than the model's positions, has ids that it does not
+        know, or nothing to score.
     """
     choices = [encode_choice(tokenizer, *pair) for pair in zip(item.contexts, item.continuations, strict=True)]
     for place, choice in enumerate(choices):
-        where = f"'{file}', row {item.row}, choice {place}"
+        where = f"{source}, row {item.row}, choice {place}"
         if choice.scored == 0 or choice.scored == choice.ids.size:
             raise TextError(f"{where}: the tokenizer leaves nothing of context or continuation; drop the row")
-        if choice.ids.size - 1 > runtime.max_positions:
+        if choice.scored > runtime.max_positions:
             raise TextError(
-                f"{where} has {choice.ids.size} tokens, but the model knows {runtime.max_positions} positions; drop "
+                f"{where} has {choice.scored} tokens, but the model knows {runtime.max_positions} positions; drop "
                 "the row, or choose a model of longer context",
                 row=item.row,
             )
         if choice.ids.max() >= runtime.vocab_size:
             raise TextError(f"{where} has token {choice.ids.max()}, which the model lacks; use its own tokenizer")
-    return choices
+    return [shortened(choice, runtime.max_positions) for choice in choices]
 
 
-def log_likelihoods(runtime: Runtime, choices: Sequence[Choice]) -> list[float]:
-    """Log-likelihood of each choice's continuation after its context, nats.
+def shortened(choice: Choice, positions: int) -> Choice:
+    """The choice without as many of its first tokens as the model has no positions for; the last is only predicted."""
+    excess = choice.ids.size - 1 - positions
+    return Choice(choice.ids[excess:], choice.scored, excess) if excess > 0 else choice
+
+
+def score(runtime: Runtime, choices: Sequence[Choice]) -> list[Score]:
+    """What the model makes of the choices of an item.
 
     Raises: RuntimeFailureError if the runtime gives NaN or infinity.
     """
@@ -116,13 +137,14 @@ def _going_on(runtime: ExtendingRuntime, inputs: Sequence[Int64], capacity: int)
             runtime.truncate(state, 0, shared)
 
 
-def _score(runtime: Runtime, choice: Choice, logits: Float32) -> float:
-    nll = token_nll(logits[-choice.scored :], choice.ids[-choice.scored :])
+def _score(runtime: Runtime, choice: Choice, logits: Float32) -> Score:
+    rows, targets = logits[-choice.scored :], choice.ids[-choice.scored :]
+    nll = token_nll(rows, targets)
     if not np.isfinite(nll).all():
         raise RuntimeFailureError(
             f"runtime '{runtime.name}' gave NaN or infinite logits; the model or a kernel is broken"
         )
-    return -math.fsum(nll)
+    return Score(-math.fsum(nll), bool((rows.argmax(axis=1) == targets).all()))
 
 
 def _common(inputs: Sequence[Int64]) -> int:

@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m losa_export.eval.studies.paper_speedup", description=main.__doc__)
     forms = [form for form in FORMS if form != DENSE]
     parser.add_argument("--like", default="llama-2-7b", metavar="MODEL", help="default: %(default)s")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 3], metavar="N", help="default: 1 3")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
     parser.add_argument(
         "--sparsities", type=float, nargs="+", default=[0.7, 0.5, 0.8, 0.6], metavar="S", help="default: 0.5 … 0.8"
     )

@@ -8,6 +8,8 @@ from pathlib import Path
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+# As `losa_export.runtimes.RUNTIME_NAMES`, which brings numpy along: too slow for every start of the command line.
+RUNTIMES = ("ort", "ort-stock", "genai", "torch", "deepsparse", "openvino", "optimum", "llamacpp")
 
 
 def fraction(text: str) -> float:

@@ -7,23 +7,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from losa_export.commands.arguments import EXIT_FAILED, add_threads, counts, duration, fraction
+from losa_export.commands.arguments import EXIT_FAILED, RUNTIMES, add_threads, counts, duration, fraction
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
     """Arguments of `losa bench`."""
     parser.add_argument("candidate", type=Path, metavar="ONNX", help="exported folder to measure")
     parser.add_argument("--against", type=Path, required=True, metavar="DIR", help="exported folder to compare with")
-    runtimes = ("ort", "ort-stock", "genai", "torch", "deepsparse", "openvino", "optimum", "llamacpp")
     parser.add_argument(
         "--runtime",
         type=_engines,
         default=[("ort", None)],
         metavar="NAME[:DIR][,NAME…]",
-        help=f"of the candidate: {', '.join(runtimes)}; with DIR another folder for that engine (default: ort)",
+        help=f"of the candidate: {', '.join(RUNTIMES)}; with DIR another folder for that engine (default: ort)",
     )
     parser.add_argument(
-        "--against-runtime", choices=runtimes, default="ort-stock", help="of the other (default: %(default)s)"
+        "--against-runtime", choices=RUNTIMES, default="ort-stock", help="of the other (default: %(default)s)"
     )
     for flag, default, text in (
         ("--prompt", 128, "tokens prefilled"),

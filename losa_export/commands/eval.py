@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from losa_export.commands.arguments import add_threads
-
-_RUNTIMES = ("ort", "ort-stock", "genai", "torch")
+from losa_export.commands.arguments import RUNTIMES, add_threads
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
@@ -15,10 +14,10 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=Path, metavar="MODEL", help="exported folder, merged/ or any checkpoint")
     parser.add_argument("--against", type=Path, default=None, metavar="DIR", help="reference to hold it against")
     parser.add_argument(
-        "--runtime", choices=_RUNTIMES, default=None, help="of the target (default: ort, or torch for a checkpoint)"
+        "--runtime", choices=RUNTIMES, default=None, help="of the target (default: ort, or torch for a checkpoint)"
     )
     parser.add_argument(
-        "--against-runtime", choices=_RUNTIMES, default=None, help="of the reference (default: ort-stock, or torch)"
+        "--against-runtime", choices=RUNTIMES, default=None, help="of the reference (default: ort-stock, or torch)"
     )
     parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help=".txt, .jsonl or .json")
     parser.add_argument(
@@ -29,7 +28,13 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         "--windows", type=int, default=16, metavar="N", help="of each text; 0 takes all (default: %(default)s)"
     )
     parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="hellaswag, piqa, arc_easy, …, or all")
-    parser.add_argument("--task-folder", type=Path, default=None, metavar="DIR", help="holds NAME.jsonl of each task")
+    parser.add_argument(
+        "--task-folder",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="holds NAME.jsonl of each task (default: from the Hugging Face hub, by the package 'datasets')",
+    )
     parser.add_argument("--limit", type=int, default=None, metavar="N", help="items of each task (default: all)")
     parser.add_argument(
         "--json", type=Path, default=Path("eval.json"), metavar="FILE", help="all figures (default: %(default)s)"
@@ -41,6 +46,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 def _eval(arguments: argparse.Namespace) -> int:
     from losa_export.eval.eval_report import eval_markdown
     from losa_export.eval.evaluation import EvalConfig, EvalText, evaluate
+    from losa_export.eval.task_hub import SOURCES
     from losa_export.eval.tasks import TASKS
 
     texts = tuple(
@@ -48,6 +54,9 @@ def _eval(arguments: argparse.Namespace) -> int:
         for paths, wikitext in ((arguments.wikitext, True), (arguments.text, False))
         for path in paths
     )
+    tasks = tuple(arguments.tasks)
+    if tasks == ("all",):
+        tasks = tuple(SOURCES if arguments.task_folder is None else TASKS)
     config = EvalConfig(
         target=arguments.target,
         output=arguments.json,
@@ -55,10 +64,17 @@ def _eval(arguments: argparse.Namespace) -> int:
         reference=arguments.against,
         reference_runtime=arguments.against_runtime,
         texts=texts,
-        tasks=tuple(TASKS) if arguments.tasks == ["all"] else tuple(arguments.tasks),
+        tasks=tasks,
         task_folder=arguments.task_folder,
         limit=arguments.limit,
         threads=arguments.threads,
     )
-    print(eval_markdown(evaluate(config)), end="")
+    record = evaluate(config)
+    print(eval_markdown(record), end="")
+    for task in record["tasks"]:
+        if task["items_cut"]:
+            print(
+                f"{task['name']}: {task['items_cut']} items were too long for the model and lost their beginning",
+                file=sys.stderr,
+            )
     return 0

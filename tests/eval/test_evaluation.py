@@ -12,12 +12,16 @@ import pytest
 pytest.importorskip("onnx_ir", reason="needs the extra 'export'")
 
 from losa_export.cli import main
+from losa_export.commands.arguments import RUNTIMES
 from losa_export.errors import ConfigError, InputError, TextError
 from losa_export.eval import evaluation
 from losa_export.eval.evaluation import EvalConfig, EvalText, evaluate
 from losa_export.eval.fidelity import divergences
 from losa_export.eval.perplexity import perplexity
+from losa_export.eval.scorer import ItemByItem
 from losa_export.export import ExportConfig, export_onnx
+from losa_export.runtimes.base import RUNTIME_NAMES
+from losa_export.runtimes.isolated import ENGINES
 from losa_export.runtimes.loader import load_runtime
 from losa_export.text import load_tokenizer
 from tests.conftest import WORDS, write_tiny_checkpoint
@@ -119,27 +123,31 @@ def test_a_model_is_at_no_distance_from_itself_in_another_engine(
 def test_an_evaluation_that_was_stopped_goes_on_to_the_same_record(
     work: Path, tmp_path: Path, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, measure = tmp_path / "eval.json", evaluation.log_likelihoods
-    calls = 0
+    output, asked, stops = tmp_path / "eval.json", 0, True
 
-    def stopping(*given: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 10:
-            raise KeyboardInterrupt
-        return measure(*given)
+    class Stopping(ItemByItem):
+        def score(self, items: Any) -> Any:
+            nonlocal asked
+            asked += len(items)
+            if stops and asked >= 12:
+                raise KeyboardInterrupt
+            return super().score(items)
 
-    monkeypatch.setattr(evaluation, "log_likelihoods", stopping)
+    monkeypatch.setattr(evaluation, "open_scorer", lambda runtime, _: Stopping(runtime))
+    monkeypatch.setattr(evaluation, "_BLOCK", 2)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config(work, output), show_progress=False)
     assert not output.exists()
     kept = tmp_path / ".eval.json.work"
     kept.write_text(kept.read_text(encoding="utf-8")[:-20], encoding="utf-8")  # and its last line is cut off
-    calls = 100
+    asked, stops = 0, False
     found = evaluate(config(work, output), show_progress=False)
-    # four items of the first stretch are kept whole; the one cut off is asked again, on both sides
-    assert calls - 100 == 2 * (12 - 3)
-    assert found["tasks"] == record["tasks"]
+    # two blocks of the first stretch are kept; the item whose line is cut off is asked again, on both sides
+    assert asked == 2 * (12 - 3)
+    for side in ("target", "reference"):
+        once, again = (one["tasks"][0][side]["log_likelihoods"] for one in (record, found))
+        # 1e-5: float32, other shapes of the same products
+        assert all(again[row] == pytest.approx(once[row], rel=1e-5) for row in once)
     assert found["texts"] == record["texts"]
     assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
 
@@ -157,9 +165,8 @@ def test_work_of_other_settings_is_not_gone_on_from(work: Path, tmp_path: Path) 
     ("changes", "kind", "message"),
     [
         ({"texts": (), "tasks": ()}, ConfigError, "there is nothing to measure"),
-        ({"task_folder": None}, ConfigError, "--tasks needs --task-folder"),
+        ({"task_folder": None}, ConfigError, "'wiki_continuation' is not on the hub; give --task-folder"),
         ({"tasks": ("mmlu",)}, ConfigError, "task 'mmlu' is not known"),
-        ({"runtime": "deepsparse"}, ConfigError, "has an environment of its own"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_once(
@@ -167,6 +174,25 @@ def test_what_cannot_be_measured_is_refused_at_once(
 ) -> None:
     with pytest.raises(kind, match=message):
         config(work, tmp_path / "eval.json", **changes)
+
+
+def test_every_runtime_can_be_asked_for_on_the_command_line() -> None:
+    assert RUNTIMES == RUNTIME_NAMES
+
+
+@pytest.mark.skipif(not ENGINES["llamacpp"].installed, reason="needs: losa runtimes install llamacpp")
+def test_an_engine_of_another_environment_is_evaluated_through_its_process(work: Path, tmp_path: Path) -> None:
+    from losa_export.eval.gguf_peer import write_gguf_peer
+
+    write_gguf_peer(work / "other-model", tmp_path / "gguf", values="F32")
+    settings = {"target": tmp_path / "gguf", "runtime": "llamacpp", "reference": work / "other"}
+    found = evaluate(config(work, tmp_path / "eval.json", **settings), show_progress=False)
+    (text,), (task,) = found["texts"], found["tasks"]
+    assert found["target"]["engine"]["name"] == "llamacpp"
+    # The same weights; llama.cpp keeps its cache in float16.
+    assert text["kl_mean"] < 1e-6
+    assert text["target"]["nll"] == pytest.approx(text["reference"]["nll"], rel=1e-4)
+    assert task["items"] == 12
 
 
 def test_texts_and_tasks_are_checked_before_anything_is_measured(

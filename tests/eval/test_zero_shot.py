@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from losa_export.errors import RuntimeFailureError, TextError
 from losa_export.eval.tasks import Item
@@ -17,8 +17,8 @@ from losa_export.eval.zero_shot import (
     encode_choice,
     encode_item,
     judge,
-    log_likelihoods,
     mcnemar,
+    score,
 )
 
 
@@ -27,6 +27,10 @@ def tokenizer() -> Tokenizer:
     made = Tokenizer(models.BPE({token: place for place, token in enumerate("Ġabcdefghij")}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return made
+
+
+def log_likelihoods(runtime, item: list[Choice]) -> list[float]:
+    return [found.log_likelihood for found in score(runtime, item)]
 
 
 def choices(*pairs: tuple[list[int], list[int]]) -> list[Choice]:
@@ -102,16 +106,41 @@ def item(context: str, *texts: str) -> Item:
 
 
 def test_items_that_cannot_be_asked_name_file_row_and_choice(fake_runtime, tokenizer: Tokenizer) -> None:
-    runtime, file = fake_runtime(), Path("task.jsonl")
+    runtime, file = fake_runtime(), "'task.jsonl'"
     assert [one.scored for one in encode_item(tokenizer, item("ab", " c", " dd"), runtime, file)] == [2, 3]
-    with pytest.raises(TextError, match=r"'task\.jsonl', row 7, choice 1 has 603 tokens"):
-        encode_item(tokenizer, item("ab", " c", " " + "d" * 600), runtime, file)
+    with pytest.raises(TextError, match=r"'task\.jsonl', row 7, choice 1 has 513 tokens"):
+        encode_item(tokenizer, item("ab", " c", " " + "d" * 512), runtime, file)
     # characters without a token vanish
     with pytest.raises(TextError, match=r"row 7, choice 0: the tokenizer leaves nothing"):
         encode_item(tokenizer, item("ZZ", " c", " d"), runtime, file)
     small = fake_runtime(vocab_size=4)
     with pytest.raises(TextError, match=r"row 7, choice 1 .* 4, which the model lacks|choice 1 has token 4"):
         encode_item(tokenizer, item("ab", " c", " d"), small, file)
+
+
+def test_an_input_that_is_too_long_loses_its_beginning(fake_runtime, tokenizer: Tokenizer) -> None:
+    runtime = fake_runtime(max_positions=4)
+    (fits, cut) = encode_item(tokenizer, item("abcd", " e", " efg"), runtime, "file")
+    # the last token is only predicted, so five fit
+    assert (fits.ids.tolist(), fits.scored, fits.cut) == ([2, 3, 4, 0, 5], 2, 1)
+    assert (cut.ids.tolist(), cut.scored, cut.cut) == ([4, 0, 5, 6, 7], 4, 3)
+    assert log_likelihoods(runtime, [fits]) == pytest.approx([by_definition(runtime, fits)])
+
+
+def test_special_tokens_are_those_that_the_tokenizer_puts_there_by_itself(tokenizer: Tokenizer) -> None:
+    tokenizer.post_processor = processors.TemplateProcessing(single="j $A", special_tokens=[("j", 10)])
+    choice = encode_choice(tokenizer, "ab", " cd")
+    assert (choice.ids.tolist(), choice.scored) == ([10, 1, 2, 0, 3, 4], 3)
+
+
+def test_a_choice_is_greedy_if_each_of_its_tokens_is_the_likeliest(fake_runtime) -> None:
+    runtime = fake_runtime()
+    start, ids = [1, 2], [1, 2]
+    for _ in range(3):
+        ids.append(int(runtime.prefill(runtime.new_state(1, 64), 0, np.array(ids))[-1].argmax()))
+    other = [*ids[:3], (ids[3] + 1) % runtime.vocab_size, ids[4]]
+    found = score(runtime, choices((start, ids[2:]), (start, other[2:]), (start, ids[2:3])))
+    assert [one.greedy for one in found] == [True, False, True]
 
 
 def test_the_choice_is_the_likeliest_in_sum_or_by_character() -> None:
