@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 from losa_export.errors import CheckpointError, RuntimeFailureError
 from losa_export.onnx_file import MODEL_FILE
 from losa_export.runtimes.base import RuntimeDescription, causal_mask, file_sizes
-from losa_export.runtimes.by_row import Float32, Int64, Row, RowRuntime, RowState
+from losa_export.runtimes.by_row import Float32, Int64, Row, RowRuntime
 from losa_export.runtimes.isolated import not_importable
 from losa_export.runtimes.threads import resolve_threads
 
@@ -28,12 +28,12 @@ PROFILE = "deepsparse"
 _PAST = "past_key_values."
 
 
-@dataclass
-class _Programs:
-    """What has been compiled for one length of cache: tokens that enter at once → engine."""
+@dataclass(frozen=True)
+class _Cache:
+    """Keys and values of a row inside the engine, and the length of the programs that share them."""
 
-    capacity: int
-    engines: dict[int, Any] = field(default_factory=dict)
+    engine: Any
+    length: int
 
 
 class DeepSparseRuntime(RowRuntime):
@@ -45,7 +45,8 @@ class DeepSparseRuntime(RowRuntime):
         super().__init__(vocab_size, max_positions)
         self._folder, self._threads = folder, threads
         self._library: Any = import_module("deepsparse.engine")
-        self._programs = _Programs(0)
+        # Length of programs → tokens that enter at once → engine.
+        self._programs: dict[int, dict[int, Any]] = {}
         self._compile_seconds: list[float] = []
         self._supported = 1.0
 
@@ -77,18 +78,14 @@ class DeepSparseRuntime(RowRuntime):
         vocabulary = logits.type.tensor_type.shape.dim[2].dim_value
         return cls(folder, resolve_threads(threads), int(vocabulary), int(table.dims[0]))
 
-    def new_state(self, batch: int, capacity: int) -> RowState:
-        """An empty cache; compiles what decodes with one of that length, unless it is there."""
-        state = super().new_state(batch, capacity)
-        self._engine(1, capacity)
-        return state
-
     def begin(self, row: Row) -> None:
-        """See `RowRuntime.begin`: a cache inside the engine."""
-        row.handle = self._library.LIB.kv_cache(0, 0)
+        """See `RowRuntime.begin`. The cache is made with the prompt, which decides its length."""
+        row.handle = None
 
     def append(self, row: Row, ids: Int64) -> Float32:
-        """See `RowRuntime.append`. Prompts of a new length are compiled for."""
+        """See `RowRuntime.append`. What is not there for these lengths is compiled."""
+        if row.handle is None:
+            row.handle = _Cache(self._library.LIB.kv_cache(0, 0), program_length(ids.size, row.capacity))
         return self._run(row, row.length, ids)
 
     def describe(self) -> RuntimeDescription:
@@ -110,11 +107,12 @@ class DeepSparseRuntime(RowRuntime):
     def close(self) -> None:
         """Drop what was compiled."""
         super().close()
-        self._programs = _Programs(0)
+        self._programs = {}
 
     def _run(self, row: Row, past: int, ids: Int64) -> Float32:
         """Run some tokens. They stand at the end of the cache's length, on which all programs of a cache must agree."""
-        engine, total = self._engine(ids.size, row.capacity), program_length(row.capacity)
+        cache: _Cache = row.handle
+        engine, total = self._engine(ids.size, cache.length), cache.length
         mask = (np.arange(total) >= total - past - ids.size).astype(np.int64)[None]
         given = {
             "input_ids": ids[None],
@@ -129,28 +127,30 @@ class DeepSparseRuntime(RowRuntime):
             for name in engine.input_names
         ]
         try:
-            found: Float32 = np.array(engine._eng_net.execute_list_out(inputs, row.handle)[0][0])
+            found: Float32 = np.array(engine._eng_net.execute_list_out(inputs, cache.engine)[0][0])
         except Exception as error:  # the engine's own exceptions have no documented base
             raise RuntimeFailureError(f"DeepSparse failed while running the model: {error}") from error
         return found
 
-    def _engine(self, tokens: int, capacity: int) -> Any:
-        """What was compiled for so many tokens and so long a cache; that for other caches is dropped."""
-        if self._programs.capacity != capacity:
-            self._programs = _Programs(capacity)
-        if tokens not in self._programs.engines:
+    def _engine(self, tokens: int, length: int) -> Any:
+        """What was compiled for so many tokens in programs of that length; of other lengths the last one stays."""
+        if length not in self._programs:
+            for old in list(self._programs)[:-1]:
+                del self._programs[old]
+        engines = self._programs.setdefault(length, {})
+        if tokens not in engines:
             started = time.perf_counter()
-            self._programs.engines[tokens] = self._compile(tokens, capacity)
+            engines[tokens] = self._compile(tokens, length)
             self._compile_seconds.append(time.perf_counter() - started)
-        return self._programs.engines[tokens]
+        return engines[tokens]
 
-    def _compile(self, tokens: int, capacity: int) -> Any:
+    def _compile(self, tokens: int, length: int) -> Any:
         onnx = import_module("onnx")
         model = onnx.load(str(self._folder / MODEL_FILE), load_external_data=False)
         for value in model.graph.input:
             for dimension, size in zip(
                 value.type.tensor_type.shape.dim,
-                _sizes(value.name, tokens, program_length(capacity)),
+                _sizes(value.name, tokens, length),
                 strict=True,
             ):
                 if size is not None:
@@ -170,14 +170,13 @@ class DeepSparseRuntime(RowRuntime):
         return engine
 
 
-def program_length(capacity: int) -> int:
-    """Tokens of a program's cache and input together.
+def program_length(prompt: int, capacity: int) -> int:
+    """Tokens of a program's cache and input together, for a prompt and all that may follow it.
 
     The engine answers wrongly, or crashes, for a prompt that is not shorter than the cache beside it, and for one that
-    enters in pieces; and it spoils the answer of the token that fills the last place. So there is room for a prompt
-    of the whole capacity, and one token more.
+    enters in pieces; and it spoils the answer of the token that fills the last place.
     """
-    return 2 * capacity + 1
+    return max(capacity, 2 * prompt) + 1
 
 
 def _sizes(name: str, tokens: int, total: int) -> tuple[int | None, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 
 from losa_export.errors import ConfigError, UnsupportedArchitectureError
+from losa_export.eval.answers import Workload, workload_logits
 from losa_export.eval.bench import BenchConfig, bench
+from losa_export.eval.engine import EngineProcess
 from losa_export.export import ExportConfig, export_onnx
 from losa_export.runtimes.base import causal_mask
-from losa_export.runtimes.deepsparse import pieces, program_length
+from losa_export.runtimes.deepsparse import program_length
 from losa_export.runtimes.isolated import ENGINES
+from losa_export.runtimes.ort import OrtRuntime
 from tests.conftest import write_tiny_checkpoint
 
 ENGINE = ENGINES["deepsparse"]
@@ -37,16 +41,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("prompt", [1, 2, 7, 16, 100])
 @pytest.mark.parametrize("new", [0, 1, 5, 64])
-def test_pieces_are_shorter_than_the_cache_beside_them(prompt: int, new: int) -> None:
-    cut, length = pieces(prompt, prompt + new), program_length(prompt + new)
-    assert sum(cut) == prompt
-    assert max(cut) - min(cut) <= 1
-    assert all(0 < piece < length - piece for piece in cut)
+def test_a_prompt_is_shorter_than_the_cache_beside_it(prompt: int, new: int) -> None:
+    length = program_length(prompt, prompt + new)
+    assert prompt < length - prompt
+    assert length > prompt + new  # the last place stays empty
+    assert length <= 2 * (prompt + new) + 1
 
 
-def test_a_prompt_of_128_before_64_new_tokens_is_two_halves() -> None:
-    assert pieces(128, 192) == [64, 64]
-    assert pieces(128, 256) == [128]
+@needs_engine
+@pytest.mark.parametrize(("prompt", "new"), [(20, 4), (12, 12), (3, 24)])
+def test_a_prompt_enters_whole_and_is_answered_as_in_onnx_runtime(folders: Path, prompt: int, new: int) -> None:
+    tokens = np.random.default_rng(0).integers(0, 97, (2, prompt + new))
+    workloads = [Workload(row[:prompt], row[prompt:], (row[:prompt],), 1) for row in tokens]
+    with closing(OrtRuntime.load(folders / "ort", threads=1, custom_op=False)) as stock:
+        wanted = [workload_logits(stock, workload) for workload in workloads]
+    with EngineProcess("the engine", timeout_s=120, engine=ENGINE) as process:
+        process.call("load", name="deepsparse", folder=folders / "deepsparse", threads=1)
+        for workload, logits in zip(workloads, wanted, strict=True):
+            found = process.call("workload_logits", workload=workload)
+            np.testing.assert_allclose(found, logits, rtol=0, atol=1e-4 * float(np.abs(logits).max()))
 
 
 def test_the_causal_mask_shows_each_token_itself_and_what_stands_before_it() -> None:
