@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy as np
 from losa_export.errors import ConfigError, InputError, LosaError
 from losa_export.eval.bench import BenchConfig, bench
 from losa_export.eval.evaluation import EvalConfig, EvalText, evaluate
+from losa_export.eval.studies.command_line import exit_code, rerun_command
 from losa_export.eval.studies.front_models import EXACT, Variant, make, variants_of
 from losa_export.eval.studies.front_page import page
 from losa_export.eval.zero_shot import mcnemar
@@ -255,22 +255,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, metavar="DIR", help="write front.json and front.md there")
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(words)
-    try:
-        study = _study(options)
-        variants = variants_of(options.dense, options.pruned)
-        failed = run(study, variants, options.steps)
-        if options.page is not None:
-            record = document_of(study, variants, failed, _command(words))
-            options.page.mkdir(parents=True, exist_ok=True)
-            write_text_atomic(options.page / "front.json", json.dumps(record, indent=1) + "\n")
-            write_text_atomic(options.page / "front.md", page(record))
-    except LosaError as error:
-        sys.stderr.write(f"study: error: {error}\n")
-        return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("study: interrupted; the same command goes on from here\n")
-        return 130
-    return 1 if failed else 0
+    return exit_code(lambda: _measure(options, words))
+
+
+def _measure(options: argparse.Namespace, words: Sequence[str]) -> bool:
+    """Do the steps that are asked for, and draw. Returns: whether none failed."""
+    study = _study(options)
+    variants = variants_of(options.dense, options.pruned)
+    failed = run(study, variants, options.steps)
+    if options.page is not None:
+        record = document_of(study, variants, failed, rerun_command("front", words))
+        options.page.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(options.page / "front.json", json.dumps(record, indent=1) + "\n")
+        write_text_atomic(options.page / "front.md", page(record))
+    return not failed
 
 
 def _study(options: argparse.Namespace) -> Study:
@@ -285,12 +283,6 @@ def _study(options: argparse.Namespace) -> Study:
     return Study(
         options.output.resolve(), texts, tuple(options.tasks), options.task_folder, options.limit, options.threads
     )
-
-
-def _command(words: Sequence[str]) -> str:
-    """The command without the folders that only this machine has."""
-    shown = [Path(word).name if Path(word).is_absolute() else word for word in words]
-    return shlex.join(["python", "-m", "losa_export.eval.studies.front", *shown])
 
 
 if __name__ == "__main__":

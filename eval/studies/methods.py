@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import shlex
 import signal
 import sys
 import traceback
@@ -24,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from losa_export.errors import ConfigError, InputError, LosaError
 from losa_export.eval.machine import git_revision, machine_record
+from losa_export.eval.studies.command_line import EXIT_INTERRUPTED, exit_code, file_label, rerun_command
 from losa_export.eval.studies.methods_cell import (
     CellTask,
     EvaluationText,
     InterruptedCellError,
     Study,
-    file_label,
     identity,
     run_cell,
 )
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
 
 SCHEMA = "losa-study-methods"
 SCHEMA_VERSION = 1
-EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
 # Fits into the buffer of a pipe, which nobody reads until the process has ended.
 _LONGEST_MESSAGE = 2000
 
@@ -299,46 +296,37 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
-def _command(words: Sequence[str]) -> str:
-    """The command without the folders that only this machine has."""
-    shown = [file_label(Path(word)) if "/" in word and Path(word).is_file() else word for word in words]
-    shown = [Path(word).name if "/" in word and Path(word).is_absolute() else word for word in shown]
-    return shlex.join(["python", "-m", "losa_export.eval.studies.methods", *shown])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train and judge the methods that LoSA is made of, or only draw the page. Returns: the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(words)
+    return exit_code(lambda: _run(options, words))
+
+
+def _run(options: argparse.Namespace, words: Sequence[str]) -> bool:
+    """Measure what the options ask for, and draw. Returns: whether no cell failed."""
     failed: dict[str, str] = {}
-    try:
-        if options.model is not None:
-            study = _study(options)
-            # Seeds outermost: what is there early is one whole matrix.
-            cells = [
-                Cell(method, sparsity, seed)
-                for seed in options.seeds
-                for sparsity in options.sparsities
-                for method in options.methods
-            ]
-            with _terminable():
-                failed = run_study(study, cells)
-            if options.page is not None:
-                options.page.mkdir(parents=True, exist_ok=True)
-                record = document(study, failed, _command(words))
-                path = options.page / f"methods-{study.name}.json"
-                write_text_atomic(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        elif options.page is None:
-            raise ConfigError("there is nothing to do; give a MODEL, or --page to draw what is there", field="model")
+    if options.model is not None:
+        study = _study(options)
+        # Seeds outermost: what is there early is one whole matrix.
+        cells = [
+            Cell(method, sparsity, seed)
+            for seed in options.seeds
+            for sparsity in options.sparsities
+            for method in options.methods
+        ]
+        with _terminable():
+            failed = run_study(study, cells)
         if options.page is not None:
-            _say(f"drew {write_page(options.page)}")
-    except LosaError as error:
-        sys.stderr.write(f"study: error: {error}\n")
-        return error.exit_code
-    except KeyboardInterrupt:
-        _say("interrupted; the same command goes on from here")
-        return EXIT_INTERRUPTED
-    return EXIT_FAILED if failed else 0
+            options.page.mkdir(parents=True, exist_ok=True)
+            record = document(study, failed, rerun_command("methods", words))
+            path = options.page / f"methods-{study.name}.json"
+            write_text_atomic(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    elif options.page is None:
+        raise ConfigError("there is nothing to do; give a MODEL, or --page to draw what is there", field="model")
+    if options.page is not None:
+        _say(f"drew {write_page(options.page)}")
+    return not failed
 
 
 if __name__ == "__main__":

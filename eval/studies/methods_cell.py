@@ -20,6 +20,7 @@ from losa_export.errors import StateError
 from losa_export.eval.fidelity import fidelity
 from losa_export.eval.machine import git_revision, package_versions
 from losa_export.eval.perplexity import cut_windows, read_wikitext
+from losa_export.eval.studies.command_line import file_label
 from losa_export.eval.studies.methods_table import (
     METHODS,
     Budget,
@@ -241,11 +242,6 @@ def identity(model: Path, files: Sequence[Path]) -> dict[str, str]:
     weights = open_checkpoint(model).weights_sha256()
     tokenizer = sha256_of(model / "tokenizer.json")
     return {"weights": weights, "tokenizer": tokenizer, **{file_label(path): sha256_of(path) for path in files}}
-
-
-def file_label(path: Path) -> str:
-    """A file and its folder, without what lies above them."""
-    return f"{path.resolve().parent.name}/{path.name}"
 
 
 def _same_recipe(now: Mapping[str, Any], then: Any) -> bool:

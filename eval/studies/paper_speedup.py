@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 from losa_export.errors import ConfigError, InputError, LosaError
 from losa_export.eval.bench import BenchConfig, bench
 from losa_export.eval.bench_report import read_bench
+from losa_export.eval.studies.command_line import exit_code, rerun_command
 from losa_export.eval.studies.speedup_models import DENSE, FORMS, Model, Models
 from losa_export.eval.studies.speedup_page import PAPER_SPARSITY, page
 from losa_export.files import write_text_atomic
@@ -215,30 +215,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, metavar="DIR", help="write results and page there as well")
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(words)
+    return exit_code(lambda: _measure(options, words))
+
+
+def _measure(options: argparse.Namespace, words: Sequence[str]) -> bool:
+    """Measure what the options ask for, and draw. Returns: whether no cell failed."""
     failed: dict[str, str] = {}
-    try:
-        if options.output is not None:
-            study = Study(
-                options.like, options.output.resolve(), options.threads, options.prompt, options.gen, options.seconds
-            )
-            _check_shape(options)
-            cells = cells_of(options.forms, options.sparsities, options.blocks)
-            failed = _run(study, cells)
-            if options.page is not None:
-                options.page.mkdir(parents=True, exist_ok=True)
-                record = document_of(study, cells, failed, _command(words))
-                write_text_atomic(options.page / "speedup.json", json.dumps(record, indent=1) + "\n")
-        elif options.page is None:
-            raise ConfigError("there is nothing to do; give -o to measure, or --page to draw", field="output")
+    if options.output is not None:
+        study = Study(
+            options.like, options.output.resolve(), options.threads, options.prompt, options.gen, options.seconds
+        )
+        _check_shape(options)
+        cells = cells_of(options.forms, options.sparsities, options.blocks)
+        failed = _run(study, cells)
         if options.page is not None:
-            _draw(options.page)
-    except LosaError as error:
-        sys.stderr.write(f"study: error: {error}\n")
-        return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("study: interrupted; the same command goes on from here\n")
-        return 130
-    return 1 if failed else 0
+            options.page.mkdir(parents=True, exist_ok=True)
+            record = document_of(study, cells, failed, rerun_command("paper_speedup", words))
+            write_text_atomic(options.page / "speedup.json", json.dumps(record, indent=1) + "\n")
+    elif options.page is None:
+        raise ConfigError("there is nothing to do; give -o to measure, or --page to draw", field="output")
+    if options.page is not None:
+        _draw(options.page)
+    return not failed
 
 
 def _check_shape(options: argparse.Namespace) -> None:
@@ -288,12 +286,6 @@ def _draw(folder: Path) -> None:
     if (record.get("schema"), record.get("schema_version")) != (SCHEMA, SCHEMA_VERSION) or not record["cells"]:
         raise InputError(f"'{path}' holds no results of this study; run it with -o first", path=path)
     write_text_atomic(folder / "speedup.md", page(record))
-
-
-def _command(words: Sequence[str]) -> str:
-    """The command without the folders that only this machine has."""
-    shown = [Path(word).name if Path(word).is_absolute() else word for word in words]
-    return shlex.join(["python", "-m", "losa_export.eval.studies.paper_speedup", *shown])
 
 
 if __name__ == "__main__":
