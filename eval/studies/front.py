@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from losa_export.errors import ConfigError, InputError, LosaError
-from losa_export.eval.bench import BenchConfig, bench
+from losa_export.eval.bench import bench
 from losa_export.eval.evaluation import EvalConfig, EvalText, evaluate
 from losa_export.eval.studies.command_line import exit_code, rerun_command
 from losa_export.eval.studies.front_models import EXACT, Variant, make, variants_of
 from losa_export.eval.studies.front_page import page
+from losa_export.eval.studies.timing import judged, timing_config
 from losa_export.eval.zero_shot import mcnemar
 from losa_export.files import write_text_atomic
 from losa_export.runtimes.base import RuntimeName
@@ -101,17 +102,13 @@ class Study:
 
     def bench(self, variant: Variant) -> None:
         """Write its record of `losa bench`, against the exact dense model."""
-        config = BenchConfig(
-            candidate=make(variant, self.work / "models"),
-            baseline=self.work / "models" / EXACT,
-            candidate_runtime=variant.runtime,
+        config = timing_config(
+            (variant.runtime, make(variant, self.work / "models")),
+            ("ort-stock", self.work / "models" / EXACT),
             threads=self.threads,
             prompt_tokens=self.prompt_tokens,
             new_tokens=self.new_tokens,
-            answers="own",
-            min_seconds=min(10.0, self.max_seconds),
             max_seconds=self.max_seconds,
-            load_samples=1,
         )
         bench(config).write(self._file("bench", variant.name))
 
@@ -198,7 +195,7 @@ def _speed(bench: Mapping[str, Any]) -> dict[str, Any]:
             metric: {
                 "ms": bench["candidate"][metric]["median_ms"],
                 "baseline_ms": bench["baseline"][metric]["median_ms"],
-                **{name: bench[metric]["all_blocks"][name] for name in ("ratio", "low", "high", "verdict")},
+                **judged(bench, metric),
             }
             for metric in ("decode", "prefill")
         },

@@ -8,6 +8,7 @@ from typing import Any
 
 from losa_export.eval.report_quality import front
 from losa_export.eval.studies.front_models import EXACT
+from losa_export.eval.studies.timing import ratio_text
 
 Row = Mapping[str, Any]
 
@@ -95,13 +96,8 @@ def _cells(row: Row, place: int, best: bool) -> Iterator[str]:
     yield f"{text['kl_mean']:.4f}" if "kl_mean" in text else ""
     yield f"{text['agreement']:.1%}" if "agreement" in text else ""
     for metric in ("decode", "prefill"):
-        yield "1" if row["name"] == EXACT else "–" if speed is None else _ratio(speed[metric])
+        yield "1" if row["name"] == EXACT else "–" if speed is None else ratio_text(speed[metric])
     yield "yes" if best else ""
-
-
-def _ratio(one: Row) -> str:
-    verdict = "" if one["verdict"] == "FASTER" else f" {one['verdict']}"
-    return f"{one['ratio']:.2f}x ({one['low']:.2f} – {one['high']:.2f}){verdict}"
 
 
 def _sentences(best: Sequence[Row], timed: Sequence[Row], place: int) -> list[str]:

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from losa_export.errors import ConfigError, InputError, LosaError
-from losa_export.eval.bench import BenchConfig, bench
+from losa_export.eval.bench import bench
 from losa_export.eval.bench_report import read_bench
 from losa_export.eval.studies.command_line import exit_code, rerun_command
 from losa_export.eval.studies.speedup_models import DENSE, FORMS, Model, Models
 from losa_export.eval.studies.speedup_page import PAPER_SPARSITY, page
+from losa_export.eval.studies.timing import judged, timing_config
 from losa_export.files import write_text_atomic
 from losa_export.runtimes.isolated import ENGINES
 from losa_export.synth import SHAPES, SynthConfig
@@ -109,18 +110,13 @@ class Study:
     def measure(self, cell: Cell, models: Models) -> None:
         """Hold both models against each other, and keep the record. Raises: any LosaError of these."""
         candidate, baseline = cell.models
-        config = BenchConfig(
-            candidate=models.export(candidate),
-            baseline=models.export(baseline),
-            candidate_runtime=FORMS[candidate.form].runtime,
-            baseline_runtime=FORMS[baseline.form].runtime,
+        config = timing_config(
+            (FORMS[candidate.form].runtime, models.export(candidate)),
+            (FORMS[baseline.form].runtime, models.export(baseline)),
             threads=self.threads,
             prompt_tokens=self.prompt_tokens,
             new_tokens=self.new_tokens,
-            answers="own",
-            min_seconds=min(10.0, self.max_seconds),
             max_seconds=self.max_seconds,
-            load_samples=1,
         )
         document = bench(config).as_dict() | {"study": {"like": self.like}}
         self._file(cell).parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +168,7 @@ def document_of(study: Study, cells: Sequence[Cell], failed: Mapping[str, str], 
                     metric: {
                         "ms": found["candidate"][metric]["median_ms"],
                         "against_ms": found["baseline"][metric]["median_ms"],
-                        **{name: found[metric]["all_blocks"][name] for name in ("ratio", "low", "high", "verdict")},
+                        **judged(found, metric),
                     }
                     for metric in ("decode", "prefill")
                 },

@@ -7,6 +7,7 @@ from typing import Any
 
 from losa_export.errors import ConfigError
 from losa_export.eval.studies.speedup_models import DENSE, FORMS
+from losa_export.eval.studies.timing import ratio_text
 
 # What the paper reports for a model of 7 billion weights with 70 % zeros on DeepSparse.
 PAPER_RATIO, PAPER_SPARSITY = 2.60, 0.7
@@ -73,7 +74,7 @@ def _table(document: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], metr
     for form, sparsity in sorted({(cell["form"], cell["sparsity"]) for cell in cells}, key=_place):
         mine = {cell["blocks"]: cell[metric] for cell in cells if (cell["form"], cell["sparsity"]) == (form, sparsity)}
         row = [FORMS[form].title, f"{sparsity:.0%}"]
-        row += [_ratio(mine[depth]) if depth in mine else "–" for depth in depths]
+        row += [ratio_text(mine[depth]) if depth in mine else "–" for depth in depths]
         if len(depths) > 1:
             row += _by_the_lines(mine, whole)
         lines.append(f"| {' | '.join(row)} |")
@@ -98,11 +99,6 @@ def _place(row: tuple[str, float]) -> tuple[float, int]:
     return sparsity, list(FORMS).index(form)
 
 
-def _ratio(one: Mapping[str, Any]) -> str:
-    verdict = "" if one["verdict"] == "FASTER" else f" {one['verdict']}"
-    return f"{one['ratio']:.2f}x ({one['low']:.2f} – {one['high']:.2f}){verdict}"
-
-
 def _duels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     """Those against something else, both in one run."""
     if not cells:
@@ -116,7 +112,8 @@ def _duels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
         "|---|---|---|---|",
     ]
     lines += [
-        f"| {FORMS[cell['form']].title} | {_opponent(cell)} | {_ratio(cell['decode'])} | {_ratio(cell['prefill'])} |"
+        f"| {FORMS[cell['form']].title} | {_opponent(cell)} | "
+        f"{ratio_text(cell['decode'])} | {ratio_text(cell['prefill'])} |"
         for cell in cells
     ]
     return [*lines, ""]
@@ -143,7 +140,7 @@ def _against_the_paper(cells: Sequence[Mapping[str, Any]]) -> list[str]:
         holds = (
             "reaches" if one["low"] >= PAPER_RATIO else "falls short of" if one["high"] < PAPER_RATIO else "may reach"
         )
-        lines.append(f"- {FORMS[cell['form']].title}: {_ratio(one)} of {base}, which {holds} {PAPER_RATIO:.2f}x.")
+        lines.append(f"- {FORMS[cell['form']].title}: {ratio_text(one)} of {base}, which {holds} {PAPER_RATIO:.2f}x.")
     return (
         [f"## Beside the paper: decode, {PAPER_SPARSITY:.0%} zeros, {deepest} blocks", "", *lines, ""] if lines else []
     )
