@@ -14,6 +14,7 @@ from importlib.metadata import version
 
 from losa_export.commands.arguments import EXIT_FAILED, EXIT_INTERRUPTED
 from losa_export.commands.bench import add_bench, compare_parser, kernels_parser
+from losa_export.commands.bench_serve import serve_parser
 from losa_export.commands.demo import add_demo
 from losa_export.commands.doctor import add_doctor
 from losa_export.commands.eval import add_eval
@@ -22,6 +23,7 @@ from losa_export.commands.generate import add_generate
 from losa_export.commands.merge import add_merge
 from losa_export.commands.report import add_report
 from losa_export.commands.runtimes import add_runtimes
+from losa_export.commands.serve import add_serve
 from losa_export.commands.synth import add_synth
 from losa_export.commands.train import add_train
 from losa_export.commands.verify import add_verify
@@ -37,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(kernels_parser().parse_args(words[2:]))
     if words[:2] == ["bench", "compare"]:
         return _run(compare_parser().parse_args(words[2:]))
+    if words[:2] == ["bench", "serve"]:
+        return _run(serve_parser().parse_args(words[2:]))
     return _run(_parser().parse_args(words))
 
 
@@ -77,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         ("export", "write one ONNX model: merged/ → onnx/", add_export),
         (
             "bench",
-            "measure an exported model against a dense one; 'losa bench kernels': single products; 'compare': two records",
+            "measure an exported model against a dense one; 'losa bench kernels': single products; 'serve': a server under load; 'compare': two records",
             add_bench,
         ),
         ("eval", "perplexity, distance from a reference, zero-shot accuracy", add_eval),
@@ -87,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         ("synth", "write a random checkpoint of a published shape, for benchmarks", add_synth),
         ("runtimes", "list, install or remove engines that need an environment of their own", add_runtimes),
         ("generate", "continue a text with an exported model", add_generate),
+        ("serve", "answer OpenAI's HTTP interface with an exported model", add_serve),
     ):
         add(verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + "."))
     return parser

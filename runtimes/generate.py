@@ -33,7 +33,7 @@ class GenerationConfig:
     Attributes:
         max_new_tokens: most tokens to make; fewer when the model runs out of positions.
         temperature: 0 takes the most likely token each time; above, tokens are drawn.
-        top_p: draw from the smallest set of tokens that holds this probability.
+        top_k, top_p, min_p: which tokens may be drawn, as in SamplingConfig.
         seed: of the draws; None takes a fresh one each time.
         stop_token_ids: ids that end the text; None takes those of the model folder, () never stops.
         chat: whether the prompt goes through the chat template: 'auto' when the folder has one.
@@ -43,7 +43,9 @@ class GenerationConfig:
 
     max_new_tokens: int = 128
     temperature: float = 0.0
+    top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int | None = 0
     stop_token_ids: tuple[int, ...] | None = None
     chat: ChatUse = "auto"
@@ -66,12 +68,12 @@ class GenerationConfig:
             )
         if self.chat not in get_args(ChatUse):
             raise ConfigError(f"chat is {self.chat!r}, but must be one of {', '.join(get_args(ChatUse))}", field="chat")
-        _ = self.sampling  # validates temperature and top_p
+        _ = self.sampling  # validates temperature and filters
 
     @property
     def sampling(self) -> SamplingConfig:
         """The part that chooses one token."""
-        return SamplingConfig(temperature=self.temperature, top_p=self.top_p)
+        return SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p)
 
 
 def generate_tokens(

@@ -59,15 +59,25 @@ class CacheLayout:
 class SharedState:
     """Preallocated buffers (batch, kv_heads, capacity, head_dim), one per past input."""
 
-    def __init__(self, session: Any, layout: CacheLayout, batch: int, capacity: int) -> None:
-        shape = (batch, layout.kv_heads, capacity, layout.head_dim)
-        self.lengths: Int64 = np.zeros(batch, np.int64)
-        self.capacity = capacity
-        # Pages of zeros cost nothing until a token is written there.
-        self.buffers = [np.zeros(shape, np.float32) for _ in layout.inputs]
-        self.ones = np.ones((1, capacity), np.int64)
+    def __init__(self, session: Any, layout: CacheLayout, buffers: list[Float32], lengths: Int64) -> None:
+        self.lengths = lengths
+        self.capacity = buffers[0].shape[2]
+        self.buffers = buffers
+        self.ones = np.ones((1, self.capacity), np.int64)
         self.binding = session.io_binding()
-        bind_shared(self.binding, layout, self.buffers)
+        bind_shared(self.binding, layout, buffers)
+        self._session, self._layout = session, layout
+
+    @classmethod
+    def allocate(cls, session: Any, layout: CacheLayout, batch: int, capacity: int) -> SharedState:
+        """All rows empty. Pages of zeros cost nothing until a token is written there."""
+        shape = (batch, layout.kv_heads, capacity, layout.head_dim)
+        return cls(session, layout, [np.zeros(shape, np.float32) for _ in layout.inputs], np.zeros(batch, np.int64))
+
+    def first(self, rows: int) -> SharedState:
+        """The first rows as a state of their own in the same memory, lengths included."""
+        buffers = [buffer[:rows] for buffer in self.buffers]
+        return SharedState(self._session, self._layout, buffers, self.lengths[:rows])
 
     def reset(self, row: int) -> None:
         """Empty one row; what it held is overwritten before it is read again."""
@@ -154,7 +164,7 @@ class OrtRuntime:
         self._check_open()
         check_state_size(batch, capacity, self.max_positions)
         if self.layout.shared:
-            return SharedState(self._session, self.layout, batch, capacity)
+            return SharedState.allocate(self._session, self.layout, batch, capacity)
         return GrowingState(self.layout, batch, capacity)
 
     def prefill(self, state: DecodeState, row: int, token_ids: Int64) -> Float32:

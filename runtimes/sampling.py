@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, temperature and top-p, as pure functions."""
+"""From logits to the next token: greedy, temperature, top-k, top-p and min-p, as pure functions."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from losa_export.errors import ConfigError, RuntimeFailureError
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is drawn.
+    """How the next token is drawn; the filters act in the order of the fields, each on what the one before kept.
 
     Attributes:
         temperature: divides the logits; 0 takes the most likely token and draws nothing.
+        top_k: keep that many most likely tokens; 0 keeps all.
         top_p: keep the smallest set of most likely tokens whose probabilities sum to at least this.
+        min_p: keep tokens at least this times as likely as the most likely one.
 
     Raises: ConfigError naming the field.
     """
 
     temperature: float = 0.0
+    top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if not (_is_number(self.temperature) and self.temperature >= 0.0):
@@ -37,6 +41,16 @@ class SamplingConfig:
                 f"top_p is {self.top_p!r}, but must be greater than 0 and at most 1 (1 keeps every token)",
                 field="top_p",
             )
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ConfigError(
+                f"top_k is {self.top_k!r}, but must be a whole number of at least 0 (0 keeps every token)",
+                field="top_k",
+            )
+        if not (_is_number(self.min_p) and 0.0 <= self.min_p <= 1.0):
+            raise ConfigError(
+                f"min_p is {self.min_p!r}, but must be from 0 to 1 (0 keeps every token)",
+                field="min_p",
+            )
 
 
 def choose_token(logits: NDArray[np.float32], config: SamplingConfig, generator: np.random.Generator) -> int:
@@ -44,21 +58,22 @@ def choose_token(logits: NDArray[np.float32], config: SamplingConfig, generator:
 
     Args:
         logits: (V,) any float dtype; computed in float64.
-        config: temperature and top-p.
+        config: temperature and filters.
         generator: drawn from once unless the temperature is 0.
     Returns: an index into `logits`. Equal logits: the lowest index wins under greedy.
     Raises: RuntimeFailureError when a logit is NaN or +inf, or when all are -inf.
     """
-    values = np.asarray(logits, dtype=np.float64)
-    top = values.max(initial=-np.inf)  # a NaN anywhere comes out of max as NaN
+    best = int(np.argmax(logits))  # a NaN anywhere wins
+    top = logits[best]
     if not np.isfinite(top):
         raise RuntimeFailureError(
             f"the model answered with logits whose maximum is {top}, so no token can be chosen; "
             "check the weights with: losa export --overwrite (its gate compares every logit)"
         )
     if config.temperature == 0.0:
-        return int(values.argmax())
-    probabilities = top_p_filter(softmax(values, config.temperature), config.top_p)
+        return best
+    probabilities = softmax(np.asarray(logits, dtype=np.float64), config.temperature)
+    probabilities = min_p_filter(top_p_filter(top_k_filter(probabilities, config.top_k), config.top_p), config.min_p)
     # Drawing by the cumulative sum costs one uniform number per token whatever the vocabulary,
     # so one seed gives the same text on every runtime whose logits agree.
     cumulative = probabilities.cumsum()
@@ -82,6 +97,62 @@ def softmax(logits: NDArray[np.float64], temperature: float) -> NDArray[np.float
     return result
 
 
+def top_k_filter(probabilities: NDArray[np.float64], top_k: int) -> NDArray[np.float64]:
+    """Zero all but the `top_k` most likely tokens, and normalise.
+
+    Args:
+        probabilities: (V,) float64, sum 1.
+        top_k: how many to keep, ties by lower index; 0 keeps all.
+    Returns: (V,) float64, sum 1.
+    Source: Fan et al. 2018, "Hierarchical Neural Story Generation", arXiv:1805.04833, section 5.1.
+    """
+    if not 0 < top_k < probabilities.size:
+        return probabilities
+    least = np.partition(probabilities, -top_k)[-top_k]
+    above, ties = np.flatnonzero(probabilities > least), np.flatnonzero(probabilities == least)
+    return _keep(probabilities, np.concatenate([above, ties[: top_k - above.size]]))
+
+
+def min_p_filter(probabilities: NDArray[np.float64], min_p: float) -> NDArray[np.float64]:
+    """Zero all tokens less than `min_p` times as likely as the most likely one, and normalise.
+
+    Args:
+        probabilities: (V,) float64, sum 1.
+        min_p: in [0, 1]; 0 keeps all.
+    Returns: (V,) float64, sum 1.
+    Source: Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling", arXiv:2407.01082.
+    """
+    if min_p == 0.0:
+        return probabilities
+    return _keep(probabilities, np.flatnonzero(probabilities >= min_p * probabilities.max()))
+
+
+def log_probability(logits: NDArray[np.float32], tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Natural logarithm of the probability of some tokens under the unchanged distribution (temperature 1).
+
+    Args:
+        logits: (V,) any float dtype; exponentials in float32, their sum in float64.
+        tokens: (n,) indices into `logits`.
+    Returns: (n,) float64.
+    """
+    top = logits.max()
+    with np.errstate(under="ignore"):
+        total = np.exp(logits - top).sum(dtype=np.float64)
+    return logits[tokens].astype(np.float64) - float(top) - float(np.log(total))
+
+
+def most_likely(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """(count,) indices of the largest logits, largest first; ties by lower index."""
+    count = min(count, logits.size)
+    if count == 0:
+        return np.zeros(0, np.int64)
+    least = np.partition(logits, -count)[-count]
+    candidates = np.flatnonzero(logits >= least)
+    order = np.argsort(-logits[candidates], kind="stable")
+    best: NDArray[np.int64] = candidates[order[:count]].astype(np.int64)
+    return best
+
+
 def top_p_filter(probabilities: NDArray[np.float64], top_p: float) -> NDArray[np.float64]:
     """Zero all but the smallest set of most likely tokens that holds at least `top_p`, and normalise.
 
@@ -98,8 +169,13 @@ def top_p_filter(probabilities: NDArray[np.float64], top_p: float) -> NDArray[np
     order = likely[np.argsort(-probabilities[likely], kind="stable")]
     mass = probabilities[order].cumsum()
     count = int(np.searchsorted(mass, top_p, side="left")) + 1
+    return _keep(probabilities, order[:count])
+
+
+def _keep(probabilities: NDArray[np.float64], tokens: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Only these tokens, with a sum of 1."""
     kept = np.zeros_like(probabilities)
-    kept[order[:count]] = probabilities[order[:count]]
+    kept[tokens] = probabilities[tokens]
     result: NDArray[np.float64] = kept / kept.sum()
     return result
 

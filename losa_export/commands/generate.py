@@ -19,7 +19,9 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: %(default)s)"
     )
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all tokens (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
     parser.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
     add_threads(parser)
@@ -32,7 +34,9 @@ def _generate(arguments: argparse.Namespace) -> int:
     config = GenerationConfig(
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
+        top_k=arguments.top_k,
         top_p=arguments.top_p,
+        min_p=arguments.min_p,
         seed=arguments.seed,
         chat="never" if arguments.raw else "auto",
     )

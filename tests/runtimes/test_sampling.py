@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from losa_export.errors import ConfigError, RuntimeFailureError
-from losa_export.runtimes.sampling import SamplingConfig, choose_token, softmax, top_p_filter
+from losa_export.runtimes.sampling import (
+    SamplingConfig,
+    choose_token,
+    log_probability,
+    min_p_filter,
+    most_likely,
+    softmax,
+    top_k_filter,
+    top_p_filter,
+)
 
 logit_rows = hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(-30, 30, width=32))
 top_ps = st.floats(1e-6, 1.0)
@@ -105,3 +114,54 @@ def test_an_impossible_temperature_is_refused_by_name(temperature: object) -> No
 def test_an_impossible_top_p_is_refused_by_name(top_p: object) -> None:
     with pytest.raises(ConfigError, match=r"top_p is .*, but must be greater than 0 and at most 1"):
         SamplingConfig(top_p=top_p)  # type: ignore[arg-type]
+
+
+@given(logits=logit_rows, top_k=st.integers(0, 50))
+def test_top_k_keeps_that_many_and_none_more_likely_is_left_out(logits: np.ndarray, top_k: int) -> None:
+    probabilities = softmax(logits.astype(np.float64), 1.0)
+    kept = top_k_filter(probabilities, top_k)
+    members = kept > 0
+    assert kept.sum() == pytest.approx(1.0, abs=1e-12)
+    if 0 < top_k < logits.size:
+        expected = np.argsort(-probabilities, kind="stable")[:top_k]
+        assert set(np.flatnonzero(members)) <= set(expected.tolist())  # those of probability 0 show nothing
+        assert members.sum() == (probabilities[expected] > 0).sum()
+    else:
+        assert kept is probabilities
+
+
+@given(logits=logit_rows, min_p=st.floats(0.0, 1.0))
+def test_min_p_keeps_what_is_likely_beside_the_most_likely(logits: np.ndarray, min_p: float) -> None:
+    probabilities = softmax(logits.astype(np.float64), 1.0)
+    kept = min_p_filter(probabilities, min_p)
+    assert kept.sum() == pytest.approx(1.0, abs=1e-12)
+    assert ((kept > 0) == ((probabilities >= min_p * probabilities.max()) & (probabilities > 0))).all()
+
+
+@given(logits=logit_rows, seed=st.integers(0, 2**32))
+def test_top_1_and_min_p_1_draw_the_most_likely(logits: np.ndarray, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    best = softmax(logits.astype(np.float64), 1.0).argmax()
+    assert choose_token(logits, SamplingConfig(temperature=1.0, top_k=1), generator) == best
+    drawn = choose_token(logits, SamplingConfig(temperature=1.0, min_p=1.0), generator)
+    probabilities = softmax(logits.astype(np.float64), 1.0)
+    assert probabilities[drawn] == probabilities.max()
+
+
+@given(logits=logit_rows, count=st.integers(0, 50))
+def test_log_probabilities_and_the_most_likely(logits: np.ndarray, count: int) -> None:
+    best = most_likely(logits, count)
+    assert best.tolist() == np.argsort(-logits, kind="stable")[:count].tolist()
+    values = logits.astype(np.float64)
+    expected = values - values.max() - np.log(np.exp(values - values.max()).sum())
+    # float32 exponentials of at most 40 terms
+    np.testing.assert_allclose(log_probability(logits, np.arange(logits.size)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("top_k", -1), ("top_k", 1.5), ("top_k", True), ("min_p", -0.1), ("min_p", 1.1), ("min_p", float("nan"))],
+)
+def test_a_filter_out_of_range_is_named(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=field):
+        SamplingConfig(**{field: value})  # type: ignore[arg-type]

@@ -1,0 +1,5 @@
+"""`python -m losa_export` is `losa`."""
+
+from losa_export.cli import main
+
+raise SystemExit(main())

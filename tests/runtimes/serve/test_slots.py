@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from losa_export.errors import InputError
+from losa_export.export import ExportConfig, export_onnx
+from losa_export.runtimes.ort import OrtRuntime
+from losa_export.runtimes.serve.slots import LEAST_SHARED, SlotPool, pieces
+
+Int64 = NDArray[np.int64]
+CONTEXT = 64
+
+
+@pytest.fixture(scope="module")
+def runtime(served: Path) -> Iterator[OrtRuntime]:
+    with closing(OrtRuntime.load(served, threads=1)) as opened:
+        yield opened
+
+
+def prompt(seed: int, size: int) -> Int64:
+    return np.random.default_rng(seed).integers(3, 128, size=size)
+
+
+def read(pool: SlotPool, tokens: Int64, chunk: int = 16) -> tuple[int, int, NDArray[np.float32]]:
+    row, shared = pool.claim(tokens)
+    logits = None
+    for start, stop in pieces(shared, tokens.size, chunk):
+        logits = pool.read(row, tokens[start:stop])
+    assert logits is not None
+    return row, shared, logits
+
+
+@given(start=st.integers(0, 50), length=st.integers(0, 200), size=st.integers(2, 70))
+def test_pieces_cover_a_prompt_and_none_is_a_single_token(start: int, length: int, size: int) -> None:
+    found = pieces(start, start + length, size)
+    assert [token for first, last in found for token in range(first, last)] == list(range(start, start + length))
+    assert length == 1 or all(2 <= last - first <= size + 1 for first, last in found)
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 7, 16, 64])
+def test_a_prompt_in_pieces_has_the_very_numbers_of_the_whole(runtime: OrtRuntime, chunk: int) -> None:
+    tokens = prompt(0, 45)
+    whole = runtime.prefill(runtime.new_state(1, CONTEXT), 0, tokens)[-1]
+    np.testing.assert_array_equal(read(SlotPool(runtime, 2, CONTEXT), tokens, chunk)[2], whole)
+
+
+def test_a_shared_beginning_is_copied_and_changes_no_bit(runtime: OrtRuntime) -> None:
+    pool = SlotPool(runtime, 3, CONTEXT)
+    first = prompt(1, 40)
+    second = np.concatenate([first[:30], prompt(2, 10)])
+    row, shared, _ = read(pool, first)
+    assert shared == 0
+    pool.leave(pool.join(row))
+    row, shared, logits = read(pool, second)
+    assert shared == 30
+    np.testing.assert_array_equal(logits, runtime.prefill(runtime.new_state(1, CONTEXT), 0, second)[-1])
+    # The same prompt again leaves two tokens to be read, and one that is a beginning of it shares all but two.
+    pool.release(row)
+    assert pool.claim(second)[1] == second.size - 2
+    pool.release(row)
+    assert pool.claim(first[:20])[1] == 18
+
+
+def test_a_running_request_lends_its_prompt_but_not_its_answer(runtime: OrtRuntime) -> None:
+    pool = SlotPool(runtime, 2, CONTEXT)
+    tokens = prompt(3, 20)
+    row, _, logits = read(pool, tokens)
+    pool.join(row)
+    answer = [int(logits.argmax())]
+    for _ in range(12):
+        answer.append(int(pool.decode(np.array(answer[-1:]))[0].argmax()))
+    longer = np.concatenate([tokens, answer])
+    other, shared, logits = read(pool, longer)
+    assert (other, shared) == (1, 20)
+    np.testing.assert_array_equal(logits, runtime.prefill(runtime.new_state(1, CONTEXT), 0, longer)[-1])
+
+
+def test_short_beginnings_are_not_worth_a_copy_and_sharing_can_be_off(runtime: OrtRuntime) -> None:
+    pool = SlotPool(runtime, 2, CONTEXT)
+    tokens = prompt(4, 30)
+    pool.release(read(pool, tokens)[0])
+    assert pool.claim(np.concatenate([tokens[: LEAST_SHARED - 1], prompt(5, 20)]))[1] == 0
+    alone = SlotPool(runtime, 2, CONTEXT, share_prefixes=False)
+    alone.release(read(alone, tokens)[0])
+    assert alone.claim(tokens)[1] == 0
+
+
+def test_the_least_recently_used_row_is_given_away(runtime: OrtRuntime) -> None:
+    pool = SlotPool(runtime, 3, CONTEXT)
+    old, new = prompt(6, 20), prompt(7, 20)
+    for tokens in (old, new, prompt(8, 20), prompt(9, 20)):
+        pool.release(read(pool, tokens)[0])
+    assert pool.claim(old)[1] == 0
+    assert pool.claim(new)[1] in (0, 18)
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_rows_that_join_and_leave_in_any_order_keep_their_own_numbers(runtime: OrtRuntime, data: st.DataObject) -> None:
+    pool = SlotPool(runtime, 3, CONTEXT)
+    running: list[tuple[Int64, list[int]]] = []  # prompt and answer so far, in the order of rows
+    seed = 0
+    for _ in range(data.draw(st.integers(3, 12))):
+        action = data.draw(st.sampled_from(["join", "leave", "decode"]))
+        if action == "join" and len(running) < 3:
+            seed += 1
+            tokens = np.concatenate([prompt(100, 12), prompt(seed, data.draw(st.integers(2, 9)))])
+            row, _, logits = read(pool, tokens, data.draw(st.integers(2, 20)))
+            assert pool.join(row) == len(running)
+            running.append((tokens, [int(logits.argmax())]))
+        elif action == "leave" and running:
+            row = data.draw(st.integers(0, len(running) - 1))
+            assert pool.leave(row) == len(running) - 1
+            running[row] = running[-1]
+            running.pop()
+        elif action == "decode" and running:
+            logits = pool.decode(np.array([answer[-1] for _, answer in running]))
+            for (_, answer), line in zip(running, logits, strict=True):
+                answer.append(int(line.argmax()))
+    for tokens, answer in running:
+        state = runtime.new_state(1, CONTEXT)
+        logits = runtime.prefill(state, 0, tokens)[-1]
+        expected = [int(logits.argmax())]
+        while len(expected) < len(answer):
+            expected.append(int(runtime.decode(state, np.array(expected[-1:]))[0].argmax()))
+        assert answer == expected
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [2, 5, 9, 16])
+def test_company_changes_no_bit_of_a_row(
+    pruned: Path, row: str, values: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The promise of the server, for each kernel row of this machine."""
+    monkeypatch.setenv("LOSA_KERNEL", row)
+    folder = tmp_path / "onnx"
+    export_onnx(ExportConfig(pruned, folder, values=values, gate=False, progress=False))  # type: ignore[arg-type]
+    with closing(OrtRuntime.load(folder, threads=1)) as runtime:
+        prompts = [prompt(seed, 2 + 3 * seed) for seed in range(rows)]
+        pool = SlotPool(runtime, rows, CONTEXT)
+        logits = []
+        for tokens in prompts:
+            index, _, first = read(pool, tokens)
+            pool.join(index)
+            logits.append(first)
+        together = [np.stack(logits)]
+        for _ in range(3):
+            together.append(pool.decode(together[-1].argmax(axis=1)))
+        for index, tokens in enumerate(prompts):
+            state = runtime.new_state(1, CONTEXT)
+            alone = [runtime.prefill(state, 0, tokens)[-1]]
+            for _ in range(3):
+                alone.append(runtime.decode(state, np.array([alone[-1].argmax()]))[0])
+            np.testing.assert_array_equal(np.stack(alone), np.stack([step[index] for step in together]))
+
+
+def test_a_cache_that_grows_cannot_be_a_pool(pruned: Path, kernels: Path, tmp_path: Path) -> None:
+    export_onnx(ExportConfig(pruned, tmp_path / "onnx", profile="standard", gate=False, progress=False))
+    with (
+        closing(OrtRuntime.load(tmp_path / "onnx", threads=1)) as runtime,
+        pytest.raises(InputError, match="cache grows with each token"),
+    ):
+        SlotPool(runtime, 2, CONTEXT)
