@@ -363,8 +363,8 @@ class _Run:
         mend = "see the server's log"
         if any(record.status in (400, 422) for record in records):
             mend = (
-                "a server that knows no 'ignore_eos' or 'continuous_usage_stats' needs --no-ignore-eos or "
-                "--no-continuous-usage"
+                "if it does not know 'ignore_eos' or 'continuous_usage_stats', leave them out with --no-ignore-eos "
+                "or --no-continuous-usage"
             )
         raise RuntimeFailureError(
             f"{self._config.endpoint} completed no request of the warm-up: {_reasons(records)}; {mend}",

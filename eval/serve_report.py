@@ -21,7 +21,7 @@ _WIDEST_TABLE = 200
 _LATE_MS = 100.0
 # Of one core: a client as busy as that may be what is measured.
 _BUSY_CLIENT = 0.5
-_LOADS = ("rate /s", "at most", "completed", "refused", "failed", "requests/s", "tokens/s", "goodput /s", "under way")
+_LOADS = ("rate /s", "at most", "completed", "refused", "failed", "requests/s", "tokens/s", "under way")
 _LATENCIES = (
     ("ttft_ms", "TTFT"),
     ("ttft_intended_ms", "TTFT, from intended start"),
@@ -181,6 +181,11 @@ def cell_warnings(
     return tuple(found)
 
 
+def load_headings(document: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of the table of loads; goodput is last, where there is an objective."""
+    return (*_LOADS, *(() if document["config"]["objective"] is None else ("goodput /s",)))
+
+
 def load_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A line for each cell: the load, what became of it, and throughput, as text."""
     rows: list[tuple[str, ...]] = []
@@ -199,8 +204,8 @@ def load_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 str(sum(outcomes.values()) - completed - refused - cut),
                 f"{metrics['requests_per_s']:.2f}",
                 f"{metrics['output_tokens_per_s']:.1f}",
-                "" if good is None else f"{good:.2f}",
                 f"{metrics['mean_concurrency']:.1f}",
+                *(() if good is None else (f"{good:.2f}",)),
             )
         )
     return rows
@@ -249,9 +254,14 @@ def serve_notes(document: Mapping[str, Any]) -> list[str]:
         left = sum(cell["not_sent"] for cell in document["cells"])
         notes.append(f"Interrupted: this is part of a result; {left} requests of the last line were not sent.")
     cells = document["cells"]
+    loads: dict[str, list[str]] = {}
     for cell in cells:
-        where = "" if len(cells) == 1 else f" ({_words(cell)})"
-        notes += [f"Warning{where}: {warning}." for warning in cell["warnings"]]
+        for warning in cell["warnings"]:
+            loads.setdefault(warning, []).append(_words(cell))
+    for warning, where in loads.items():
+        # What holds everywhere is said once, and without a place.
+        place = "" if len(where) == len(cells) else f" ({'; '.join(where)})"
+        notes.append(f"Warning{place}: {warning}.")
     objective = document["config"]["objective"]
     if objective is not None:
         limits = ", ".join(
@@ -275,7 +285,7 @@ def serve_markdown(document: Mapping[str, Any]) -> str:
     """Title, tables and notes as Markdown."""
     parts = [serve_title(document)]
     for headings, rows in (
-        (_LOADS, load_rows(document)),
+        (load_headings(document), load_rows(document)),
         (latency_headings(document), latency_rows(document)),
     ):
         lines = ["| " + " | ".join(headings) + " |", "|" + " ---: |" * len(headings)]
@@ -295,7 +305,7 @@ def print_serve_bench(document: Mapping[str, Any], console: Console | None = Non
     out = console or Console(width=_WIDEST_TABLE)
     out.print(Text(serve_title(document), style="bold"), soft_wrap=True)
     for headings, rows in (
-        (_LOADS, load_rows(document)),
+        (load_headings(document), load_rows(document)),
         (latency_headings(document), latency_rows(document)),
     ):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)

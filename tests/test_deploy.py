@@ -98,6 +98,7 @@ def test_the_unit_is_shut_in(drain_timeout: float) -> None:
     assert "~@privileged" in service["SystemCallFilter"]
     assert seconds(service["TimeoutStopSec"]) > drain_timeout
     assert int(service["LimitNOFILE"]) >= 1024
+    assert "ORT_DISABLE_TELEMETRY=1" in service["Environment"].splitlines()
     # The server reads /proc/meminfo.
     assert service.get("ProcSubset", "all") == "all"
 
@@ -160,6 +161,7 @@ def test_the_image_sets_settings_that_exist() -> None:
     ]
     found, _ = settings.load_settings(None, environment, {})
     assert (found.host, found.port) == ("0.0.0.0", 8000)
+    assert environment["ORT_DISABLE_TELEMETRY"] == "1"
 
 
 def test_the_health_check_is_a_program_that_asks_for_readiness() -> None:

@@ -88,15 +88,19 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _work(folder: Path, settings: ServeSettings, keys: tuple[str, ...], descriptors: str) -> int:
-    """A worker of a supervisor: its socket, and the pipe on which to say that it is ready."""
-    import os
-
+    """A worker of a supervisor: its socket, and the line on which to say that it is ready."""
     from losa_export.runtimes.serve.server import open_service, run
-    from losa_export.runtimes.serve.supervisor import READY
+    from losa_export.runtimes.serve.supervisor import READY, follow_supervisor
 
-    listening, pipe = (int(number) for number in descriptors.split(","))
-    with socket.socket(fileno=listening) as listener:
-        run(open_service(folder, settings), listener, keys, on_ready=lambda: (os.write(pipe, READY), None)[1])
+    listening, speaking = (int(number) for number in descriptors.split(","))
+    with socket.socket(fileno=listening) as listener, socket.socket(fileno=speaking) as line:
+        service = open_service(folder, settings)
+
+        def ready() -> None:
+            line.sendall(READY)
+            follow_supervisor(line)
+
+        run(service, listener, keys, on_ready=ready)
     return 0
 
 

@@ -248,6 +248,7 @@ class Engine:
         try:
             self._drop()
             self._read_piece()
+            self._flush()  # a first token need not wait for the others' next one
             self._decode_step()
         except LosaError as error:
             self._fail_all("engine", str(error))

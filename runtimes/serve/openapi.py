@@ -58,10 +58,20 @@ def describe(model: str) -> Json:
             },
         },
         "components": {
-            "schemas": {**defined["$defs"], **_ANSWERS},
+            "schemas": {**{name: _nullable(schema) for name, schema in defined["$defs"].items()}, **_ANSWERS},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
+
+
+def _nullable(schema: Json) -> Json:
+    """A body's schema in which each field that may be absent may also be null, as `requests` takes it."""
+    required = schema.get("required", [])
+    properties = {
+        name: field if name in required else {"anyOf": [field, {"type": "null"}]}
+        for name, field in schema.get("properties", {}).items()
+    }
+    return {**schema, "properties": properties}
 
 
 def _reference(name: str) -> Json:
@@ -89,7 +99,7 @@ def _generate(summary: str, body: str, answer: str) -> Json:
                 "description": "the answer; as server-sent events if 'stream' is true",
                 "content": {
                     "application/json": _reference(answer),
-                    "text/event-stream": {"schema": {"type": "string"}},
+                    "text/event-stream": {"schema": _object({"data": _TEXT})},
                 },
             },
             **_refused(tuple(_REFUSALS)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
@@ -30,6 +30,12 @@ def _text_of_parts(value: Any) -> Any:
         and all(isinstance(part["text"], str) for part in value)
     ):
         return "".join(part["text"] for part in value)
+    return value
+
+
+def _refuse_true(value: bool) -> bool:
+    if value:
+        raise ValueError("must be false, since nothing else is supported")
     return value
 
 
@@ -84,8 +90,8 @@ class Generate(_Body):
     n: int = Field(1, ge=1, le=128, description="answers to the same prompt")
     ignore_eos: bool = Field(False, description="go on behind the model's own end of text, for measurements")
     # Accepted with the value that does nothing.
-    frequency_penalty: Literal[0] | None = Field(None, description="only 0")
-    presence_penalty: Literal[0] | None = Field(None, description="only 0")
+    frequency_penalty: float | None = Field(None, ge=0, le=0, description="only 0")
+    presence_penalty: float | None = Field(None, ge=0, le=0, description="only 0")
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(None, description="only {}")
     # Of no effect on the answer by their meaning.
     user: str | None = Field(None, max_length=512)
@@ -160,9 +166,11 @@ class CompletionRequest(Generate):
     logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="tell so many probabilities of each token"
     )
-    echo: Literal[False] | None = Field(None, description="only false")
+    echo: Annotated[bool, AfterValidator(_refuse_true), WithJsonSchema({"const": False})] | None = Field(
+        None, description="only false"
+    )
     suffix: Literal[""] | None = Field(None, description="only empty")
-    best_of: Literal[1] | None = Field(None, description="only 1")
+    best_of: int | None = Field(None, ge=1, le=1, description="only 1")
 
     @property
     def prompts(self) -> list[str | list[int]]:

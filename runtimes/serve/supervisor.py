@@ -7,6 +7,7 @@ back at once, but no more than a few times a minute.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -14,10 +15,13 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from prometheus_client.multiprocess import mark_process_dead
 
 from losa_export.errors import RuntimeFailureError
 from losa_export.runtimes.serve.metrics import SHARED_FOLDER
@@ -32,18 +36,30 @@ _TICK = 0.1
 
 @dataclass
 class _Worker:
-    """A process and the pipe on which it says that it is ready."""
+    """A process, and a line to it: the worker says there that it is ready, and ends when the line does."""
 
     process: subprocess.Popen[bytes]
-    pipe: int
+    line: socket.socket
     ready: bool = False
+
+
+def follow_supervisor(line: socket.socket) -> None:
+    """In a worker: end in good order when the supervisor is gone, even if it was killed."""
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            while line.recv(1):
+                pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="losa-supervisor-line", daemon=True).start()
 
 
 class Supervisor:
     """Keeps workers alive.
 
     Args:
-        command: starts a worker; `--worker-fds SOCKET,PIPE` is appended.
+        command: starts a worker; `--worker-fds LISTENER,LINE` is appended.
         workers: how many.
         listener: bound; every worker listens at it.
         environment: of the workers.
@@ -84,7 +100,7 @@ class Supervisor:
                 for worker in self._workers:
                     worker.process.kill()
                     worker.process.wait()
-                    os.close(worker.pipe)
+                    worker.line.close()
                 for number, handler in previous.items():
                     signal.signal(number, handler)
 
@@ -92,9 +108,8 @@ class Supervisor:
         self._stopping = True
 
     def _start(self) -> _Worker:
-        reader, writer = os.pipe()
-        os.set_inheritable(writer, True)
-        descriptors = (self._listener.fileno(), writer)
+        ours, theirs = socket.socketpair()
+        descriptors = (self._listener.fileno(), theirs.fileno())
         process = subprocess.Popen(
             [*self._command, "--worker-fds", ",".join(map(str, descriptors))],
             env=self._environment,
@@ -102,13 +117,13 @@ class Supervisor:
             # Ctrl-C reaches the supervisor alone, which then drains the workers.
             start_new_session=True,
         )
-        os.close(writer)
-        return _Worker(process, reader)
+        theirs.close()
+        return _Worker(process, ours)
 
     def _watch(self, on_ready: Callable[[], None]) -> None:
-        readable, _, _ = select.select([worker.pipe for worker in self._workers if not worker.ready], [], [], _TICK)
+        readable, _, _ = select.select([worker.line for worker in self._workers if not worker.ready], [], [], _TICK)
         for index, worker in enumerate(self._workers):
-            if worker.pipe in readable and os.read(worker.pipe, 1) == READY:
+            if worker.line in readable and worker.line.recv(1) == READY:
                 worker.ready = True
             status = worker.process.poll()
             if status is None:
@@ -118,7 +133,9 @@ class Supervisor:
                     f"a worker ended with status {status} before it was ready; its message is above"
                 )
             self._count_death(status)
-            os.close(worker.pipe)
+            # Else its last load would be counted for ever.
+            mark_process_dead(worker.process.pid, self._environment[SHARED_FOLDER])  # type: ignore[no-untyped-call]
+            worker.line.close()
             self._workers[index] = self._start()
         if not self._announced and all(worker.ready for worker in self._workers):
             self._announced = True

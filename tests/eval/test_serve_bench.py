@@ -207,7 +207,8 @@ def test_answers_that_are_too_short_are_told() -> None:
 def test_a_server_that_refuses_all() -> None:
     with MockServer(lambda number, body: Answer(status=400)) as server:
         with pytest.raises(
-            RuntimeFailureError, match=r"no request of the warm-up: 1 http_error \(400: told .* needs --no-ignore-eos"
+            RuntimeFailureError,
+            match=r"no request of the warm-up: 1 http_error \(400: told .* out with --no-ignore-eos",
         ):
             bench(server)
         with pytest.raises(

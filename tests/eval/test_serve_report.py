@@ -26,6 +26,7 @@ from losa_export.eval.serve_report import (
     ServeBenchReport,
     cell_warnings,
     latency_rows,
+    load_headings,
     load_rows,
     print_serve_bench,
     serve_markdown,
@@ -165,8 +166,8 @@ def test_the_document_holds_everything_and_names_no_host(tmp_path: Path) -> None
 def test_the_tables() -> None:
     document = report(cell(None, 4), cell(2.5)).as_dict()
     assert load_rows(document) == [
-        ("inf", "4", "2", "1", "0", "1.00", "2.0", "1.00", "2.2"),
-        ("2.5", "", "2", "1", "0", "1.00", "2.0", "1.00", "2.2"),
+        ("inf", "4", "2", "1", "0", "1.00", "2.0", "2.2", "1.00"),
+        ("2.5", "", "2", "1", "0", "1.00", "2.0", "2.2", "1.00"),
     ]
     rows = latency_rows(document)
     assert rows[:4] == [
@@ -200,11 +201,21 @@ def test_markdown_and_console_show_the_same() -> None:
     assert widths == {10, 7}
 
 
+def test_without_an_objective_there_is_no_goodput() -> None:
+    with_it = report().as_dict()
+    plain = summarise(cell().requests, levels=LEVELS)
+    without = report(replace(cell(), metrics=plain)).as_dict()
+    without["config"]["objective"] = None
+    assert load_headings(with_it) == (*load_headings(without), "goodput /s")
+    assert len(load_rows(without)[0]) == len(load_headings(without)) == 8
+    assert not any("oodput" in note for note in serve_notes(without))
+
+
 def test_notes() -> None:
-    busy = replace(cell(2.5, 8), client_cpu_fraction=0.75)
+    busy = replace(cell(2.5, 8), client_cpu_fraction=0.75, warnings=("something to say", "and more"))
     assert serve_notes(report(cell(), busy).as_dict()) == [
-        "Warning (rate inf): something to say.",
-        "Warning (rate 2.5, at most 8): something to say.",
+        "Warning: something to say.",
+        "Warning (rate 2.5, at most 8): and more.",
         "Goodput: requests per second with TTFT ≤ 1500 ms.",
         "Goodput from intended starts: 1.00 /s.",
         "The client took up to 75% of a core of its processor.",

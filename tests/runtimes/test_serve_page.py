@@ -43,7 +43,7 @@ MODEL: dict[str, Any] = {
     },
 }
 HOSTILE = "<img src=x onerror='window.hacked = 1'><script>window.hacked = 1</script><b>bold</b> &amp;"
-WIDE = "a-word-that-goes-on-and-on-without-any-space-" * 8
+WIDE = "awordthatgoesonandonwithoutanyspace" * 8
 KEY = "correct-horse-battery"
 
 # A minute, for a machine that does other work.
@@ -280,6 +280,8 @@ def test_the_page_fits_and_nothing_complains(tab: Tab, server: Server, width: in
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         assert tab.evaluate("document.documentElement.scrollHeight") <= 900
         assert tab.evaluate(BEYOND) == []
+        for inner in ("conversation", "document.querySelector('aside')", "document.querySelector('header')"):
+            assert tab.evaluate(f"{inner}.scrollWidth - {inner}.clientWidth") <= 0
         # The end of the conversation and the field below it are in sight.
         assert tab.evaluate("conversation.clientHeight") > 100
         assert 0 < tab.evaluate("document.getElementById('prompt').getBoundingClientRect().bottom") < 900
@@ -352,10 +354,13 @@ def test_an_answer_is_whole_wherever_its_bytes_are_cut(tab: Tab, server: Server)
         # Several lines of data make one event, and other fields none.
         stream += b'event: x\ndata: {"choices":\ndata:[]}\n\n'.replace(b"\n", line_break)
         stream += DONE.replace(b"\n", line_break)
-        # Byte by byte through a character of four bytes, from an event into the next, and at the end.
+        # Byte by byte through a character of four bytes, from an event into the next, from a line of data into the
+        # next, and at the end.
         inside = stream.index("🙂".encode())
         border = stream.index(line_break * 2, inside)
-        at = [0, *range(inside, inside + 5), *range(border - 1, border + 9), *range(len(stream) - 6, len(stream) + 1)]
+        between = stream.index(line_break, stream.index(b"event: x") + 10)
+        at = [0, *range(inside, inside + 5), *range(border - 1, border + 9), *range(between - 1, between + 5)]
+        at += range(len(stream) - 6, len(stream) + 1)
         pieces = [stream[start:stop] for start, stop in itertools.pairwise(at)]
         assert b"".join(pieces) == stream
         server.script = Script(pieces=[*pieces])
@@ -570,6 +575,7 @@ def test_enter_sends_and_shift_enter_breaks_the_line(tab: Tab, server: Server) -
     assert tab.evaluate("document.getElementById('prompt').value") == "one\ntwo"
     chooses = "new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true})"
     tab.evaluate(f"document.getElementById('prompt').dispatchEvent({chooses})")
+    assert tab.evaluate("document.getElementById('prompt').value") == "one\ntwo"
     assert server.script.requests == []
     tab.press("Enter")
     tab.wait(f"{WORDS}.at(-1) === 'Hello you'")

@@ -130,6 +130,16 @@ def workers(parent: int) -> list[int]:
     return [int(number) for number in found]
 
 
+def test_workers_do_not_outlive_a_killed_supervisor(start: Start, served: Path) -> None:
+    server = start(str(served), "--workers", "2", "--threads", "1", "--context-tokens", "64")
+    children = workers(server.process.pid)
+    server.process.kill()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{child}/exe").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_a_worker_that_cannot_start_ends_the_whole(served: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
     shutil.copytree(served, folder)
