@@ -6,8 +6,13 @@ all errors. Each is loaded when it is first used, so that importing the package 
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+# From its import on, ONNX Runtime 1.32 keeps a device id in the user's cache and looks for its maker's servers. Nothing
+# that a user of ours asks for needs that; whoever wants it sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from losa_export.errors import LosaError as LosaError

@@ -8,7 +8,7 @@ slower, because they all wait for the one thread that was throttled or shares a 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,11 +89,24 @@ def cgroup_quota(*, proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> flo
     Reads `cpu.max` (version 2) and `cpu.cfs_quota_us` over `cpu.cfs_period_us` (version 1); the
     tightest limit on the way up to the mount point counts.
     """
+    limits: list[float] = []
+    for folder in cgroup_folders("cpu", proc=proc, sys=sys):
+        limits += [limit for limit in (_limit_v2(folder), _limit_v1(folder)) if limit is not None]
+    return min(limits, default=None)
+
+
+def cgroup_folders(controller: str, *, proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> Iterator[Path]:
+    """Folders of this process's control groups, of either version, and of their parents up to the mount point.
+
+    Args:
+        controller: of version 1, such as 'cpu' or 'memory'; version 2 has one folder for all.
+        proc: may point elsewhere in tests.
+        sys: the same.
+    """
     try:
         lines = (proc / "self/cgroup").read_text().splitlines()
     except OSError:
         lines = []
-    limits: list[float] = []
     for line in lines:
         parts = line.split(":", 2)
         if len(parts) != 3:
@@ -102,14 +115,12 @@ def cgroup_quota(*, proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> flo
         mounts: tuple[str, ...]
         if controllers == "":
             mounts = ("fs/cgroup", "fs/cgroup/unified")
-        elif "cpu" in controllers.split(","):
-            mounts = ("fs/cgroup/cpu", f"fs/cgroup/{controllers}")
+        elif controller in controllers.split(","):
+            mounts = (f"fs/cgroup/{controller}", f"fs/cgroup/{controllers}")
         else:
             continue
         for mount in mounts:
-            for folder in _upwards(sys / mount, path):
-                limits += [limit for limit in (_limit_v2(folder), _limit_v1(folder)) if limit is not None]
-    return min(limits, default=None)
+            yield from _upwards(sys / mount, path)
 
 
 def _affinity() -> tuple[int, ...]:

@@ -38,6 +38,8 @@ def test_every_source_module_and_the_library_are_installed(wheel_names: list[str
             assert f"{target}/{path.relative_to(ROOT / folder).as_posix()}" in wheel_names
     assert "losa_export/training/presets/recommended.toml" in wheel_names
     assert "losa_export/py.typed" in wheel_names
+    for name in ("index.html", "page.css", "page.js"):
+        assert f"losa_export/runtimes/serve/page/{name}" in wheel_names
     assert "losa_export/runtimes/liblosa_kernels.so" in wheel_names
     assert not [name for name in wheel_names if name.endswith((".cpp", ".h"))]
 

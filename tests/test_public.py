@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,3 +28,11 @@ def test_type_checkers_see_the_same_names() -> None:
         alias.asname for statement in typed.body if isinstance(statement, ast.ImportFrom) for alias in statement.names
     ]
     assert sorted(map(str, names)) == losa_export.__all__
+
+
+def test_onnxruntime_leaves_nothing_behind_in_the_users_folders(tmp_path: Path) -> None:
+    code = "import losa_export, onnxruntime, time; time.sleep(1)"
+    environment = {name: text for name, text in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    folders = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-P", "-B", "-c", code], env=environment | folders, check=True)
+    assert list(tmp_path.iterdir()) == []

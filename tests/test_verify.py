@@ -161,6 +161,16 @@ def test_the_folder_alone_is_confirmed_and_what_was_not_given_is_said(folder: Pa
     assert left_out == dict.fromkeys(["merged checkpoint", "run", "evaluation"], "none was given")
 
 
+def test_files_alone_are_checked_in_no_time_for_the_zeros(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_module, "_open_sources", None)  # a call would fail
+    found = verify(folder, files_only=True)
+    assert found.confirmed
+    assert any(check.name == "zero patterns" and "only files" in str(check) for check in found.checks)
+    with (folder / "model.onnx.data").open("r+b") as file:
+        file.write(b"\xff")
+    assert not verify(folder, files_only=True).confirmed
+
+
 def test_a_densely_stored_export_is_held_by_its_zeros(made: Path) -> None:
     result = found(made / "dense", merged=made / "merged", run=made / "run")
     assert result.confirmed

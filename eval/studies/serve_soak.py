@@ -19,7 +19,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -111,21 +110,21 @@ class Tally:
         outcomes: how many ended in which way.
         wrong: some of what should not have been.
         memory: (seconds, bytes) of all workers together.
-        queued: most requests that the server held at once.
     """
 
-    outcomes: Counter[str] = field(default_factory=Counter)
+    outcomes: dict[str, int] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     memory: list[tuple[float, int]] = field(default_factory=list)
 
+    def count(self, kind: str) -> None:
+        """Count what may happen."""
+        self.outcomes[kind] = self.outcomes.get(kind, 0) + 1
+
     def fault(self, kind: str, what: str) -> None:
         """Count what must not happen."""
-        self.outcomes[kind] += 1
+        self.count(kind)
         if len(self.wrong) < 50:
             self.wrong.append(f"{kind}: {what[:300]}")
-
-
-GOOD = ("answered", "refused", "left", "cut by a kill", "refused by a kill")
 
 
 class Soak:
@@ -218,12 +217,12 @@ class Soak:
                     await self._judge(response, question, stream, tally, sent)
         except TimeoutError:
             if leave:
-                tally.outcomes["left"] += 1
+                tally.count("left")
             else:
                 tally.fault("lost", f"nothing came within {patience:.0f} s")
         except (aiohttp.ClientError, OSError) as error:
             if self._near_a_kill(sent):
-                tally.outcomes["refused by a kill"] += 1
+                tally.count("refused by a kill")
             else:
                 tally.fault("lost", f"{type(error).__name__}: {error}")
 
@@ -236,7 +235,7 @@ class Soak:
                 "queue_full",
                 "queue_timeout",
             ):
-                tally.outcomes["refused"] += 1
+                tally.count("refused")
             else:
                 tally.fault("badly refused", json.dumps(told))
             return
@@ -262,9 +261,9 @@ class Soak:
         except aiohttp.ClientPayloadError:
             ended = False
         if ended and text == question.answer:
-            tally.outcomes["answered"] += 1
+            tally.count("answered")
         elif not ended and self._near_a_kill(sent) and question.answer.startswith(text):
-            tally.outcomes["cut by a kill"] += 1
+            tally.count("cut by a kill")
         else:
             tally.fault("wrong" if ended else "truncated", f"{text!r} instead of {question.answer!r}")
 
@@ -348,8 +347,10 @@ def start_server(config: SoakConfig, log: Path) -> tuple[subprocess.Popen[str], 
             text=True,
         )
     assert server.stdout is not None
-    found = re.search(r"(http://\S+)/v1", server.stdout.readline())
+    with server.stdout as said:
+        found = re.search(r"(http://\S+)/v1", said.readline())
     if found is None:
+        server.wait(_START_S)
         raise RuntimeFailureError(f"the server did not start; see '{log}'", path=log)
     return server, found[1]
 
@@ -375,7 +376,7 @@ def soak(config: SoakConfig, log: Path) -> dict[str, Any]:
         "config": {
             name: value if not isinstance(value, Path) else value.name for name, value in asdict(config).items()
         },
-        "machine": machine_record(),
+        "machine": machine_record().as_dict(),
         **found,
     }
 

@@ -108,8 +108,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = [*message.get("headers", []), (b"x-request-id", identifier.encode())]
-                message = {**message, "headers": [*headers, (b"x-content-type-options", b"nosniff")]}
+                message = {**message, "headers": [*message.get("headers", []), (b"x-request-id", identifier.encode())]}
             await send(message)
 
         try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from losa_export.errors import ConfigError
+from losa_export.runtimes.threads import cgroup_folders
 
 DEFAULT_CONTEXT = 2048
 # Fewer tokens than this hold no conversation, so a pool of them is a mistake.
@@ -91,12 +92,13 @@ def available_bytes(*, proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> 
         found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     except (OSError, ValueError, IndexError):
         pass  # not Linux
-    for limit, used in (
-        ("fs/cgroup/memory.max", "fs/cgroup/memory.current"),
-        ("fs/cgroup/memory/memory.limit_in_bytes", "fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            found.append(max(0, int((sys / limit).read_text()) - int((sys / used).read_text())))
-        except (OSError, ValueError):
-            continue  # no such control group, or 'max'
+    for folder in cgroup_folders("memory", proc=proc, sys=sys):
+        for limit, used in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            try:
+                found.append(max(0, int((folder / limit).read_text()) - int((folder / used).read_text())))
+            except (OSError, ValueError):
+                continue  # no such file, or 'max'
     return min(found, default=None)

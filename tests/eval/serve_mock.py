@@ -49,6 +49,7 @@ class MockServer:
     running: int = 0
     peak: int = 0
     url: str = ""
+    port: int = 0
 
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()
@@ -68,7 +69,7 @@ class MockServer:
         asyncio.set_event_loop(self._loop)
         runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=0.1)
         self._loop.run_until_complete(runner.setup())
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", self.port)
         self._loop.run_until_complete(site.start())
         self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         started.set()

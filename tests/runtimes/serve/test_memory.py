@@ -62,8 +62,21 @@ def test_the_tightest_limit_counts(tmp_path: Path) -> None:
     assert available_bytes(proc=proc, sys=sys) is None
     (proc / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:      50 kB\n")
     assert available_bytes(proc=proc, sys=sys) == 50 * 1024
-    (sys / "fs/cgroup/memory.current").write_text("1000\n")
-    (sys / "fs/cgroup/memory.max").write_text("max\n")
+    (proc / "self").mkdir()
+    (proc / "self/cgroup").write_text("0::/system.slice/losa.service\n")
+    unit = sys / "fs/cgroup/system.slice/losa.service"
+    unit.mkdir(parents=True)
+    (unit / "memory.current").write_text("1000\n")
+    (unit / "memory.max").write_text("max\n")
     assert available_bytes(proc=proc, sys=sys) == 50 * 1024
-    (sys / "fs/cgroup/memory.max").write_text("21000\n")
+    (unit / "memory.max").write_text("21000\n")
     assert available_bytes(proc=proc, sys=sys) == 20000
+    (unit.parent / "memory.current").write_text("9000\n")
+    (unit.parent / "memory.max").write_text("10000\n")
+    assert available_bytes(proc=proc, sys=sys) == 1000
+    # the first version, in a container, which sees its own group at the mount point alone
+    (proc / "self/cgroup").write_text("4:memory:/docker/abc\n")
+    (sys / "fs/cgroup/memory").mkdir()
+    (sys / "fs/cgroup/memory/memory.limit_in_bytes").write_text("7000\n")
+    (sys / "fs/cgroup/memory/memory.usage_in_bytes").write_text("6500\n")
+    assert available_bytes(proc=proc, sys=sys) == 500
