@@ -308,7 +308,7 @@ def test_the_real_server_starts_with_our_command(tiny_checkpoint: Path, tmp_path
     from losa_export.export import ExportConfig, export_onnx
 
     pytest.importorskip("uvicorn")
-    export_onnx(ExportConfig(source=tiny_checkpoint, output=tmp_path / "onnx"))
+    export_onnx(ExportConfig(source=tiny_checkpoint, output=tmp_path / "onnx", gate=False))
     config = StudyConfig(
         tmp_path / "onnx", tmp_path, tmp_path, threads=1, concurrencies=(2,), num_prompts=2, input_len=8, output_len=3
     )
