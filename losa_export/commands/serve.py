@@ -21,7 +21,7 @@ _FLAGS = (
     ("slots", "N", "requests answered together in each worker (default: 4)"),
     ("context-tokens", "N", "prompt and answer of each slot (default: what --memory holds, else 2048)"),
     ("memory", "SIZE", "most that keys and values of all slots of a worker take, such as 512M"),
-    ("prefill-chunk", "N", "prompt tokens read between two steps of running answers (default: 64)"),
+    ("prefill-chunk", "N", "prompt tokens read between two steps of running answers (default: 128)"),
     ("api-key-file", "FILE", "one key a line; keys may also come from LOSA_API_KEYS"),
     ("max-body-bytes", "SIZE", "largest request (default: 1M)"),
     ("max-prompt-tokens", "N", "longest prompt (default: the slot's)"),

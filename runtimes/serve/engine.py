@@ -21,6 +21,10 @@ from losa_export.errors import InputError, LosaError, RuntimeFailureError
 from losa_export.runtimes.sampling import SamplingConfig, choose_token, log_probability, most_likely
 from losa_export.runtimes.serve.slots import SlotPool, pieces
 
+# Steps that running answers get between two prompts. Answers that began together would also end together, and the
+# prompts that follow them would queue behind each other again and again; a few steps pull them apart.
+STEPS_BETWEEN_PROMPTS = 4
+
 Int64 = NDArray[np.int64]
 Failure = Literal["queue_timeout", "request_timeout", "shutdown", "engine"]
 
@@ -149,6 +153,7 @@ class Engine:
         self._lock = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._reading: _Reading | None = None
+        self._pause = 0  # steps until the next prompt may begin
         self._decoding: list[Job] = []  # in the order of the pool's rows
         self._last: list[int] = []  # the newest token of each, not yet in the cache
         self._events: list[tuple[Job, Event]] = []
@@ -286,6 +291,9 @@ class Engine:
 
     def _read_piece(self) -> None:
         if self._reading is None:
+            if self._pause and self._decoding:
+                self._pause -= 1
+                return
             with self._lock:
                 if not self._waiting or self._pool.decoding == self._pool.slots:
                     return
@@ -299,7 +307,7 @@ class Engine:
         logits = self._pool.read(reading.row, reading.job.prompt[start:stop])
         if reading.left:
             return
-        self._reading = None
+        self._reading, self._pause = None, STEPS_BETWEEN_PROMPTS
         token = self._choose(reading.job, logits)
         if token is None:
             self._pool.release(reading.row)

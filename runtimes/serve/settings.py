@@ -60,7 +60,7 @@ class ServeSettings:
         least=1,
         optional=True,
     )
-    prefill_chunk: int = _setting(64, "whole", "prompt tokens read between two steps of running answers", least=2)
+    prefill_chunk: int = _setting(128, "whole", "prompt tokens read between two steps of running answers", least=2)
     prefix_cache: bool = _setting(True, "flag", "reuse what a prompt has in common with one before it")
     api_key_file: Path | None = _setting(  # noqa: RUF009  (a field, as all of them)
         None, "path", "file with one key a line; keys may also come from LOSA_API_KEYS", optional=True
