@@ -1,7 +1,8 @@
 """A client of OpenAI-compatible servers that takes little of the processor it may share with the server.
 
 While a stream runs, bytes are cut into events and stamped with the time of their arrival; they are parsed when it has
-ended. Bodies are encoded before the load begins. Nothing is retried.
+ended. Bodies are encoded before the load begins. Nothing is sent again but what met a connection that the server had just
+closed: connections are reused, as users' clients do.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -28,6 +31,8 @@ _MOST_ERROR_BYTES = 64 * 1024
 
 def open_session(api_key: str | None) -> aiohttp.ClientSession:
     """A session without a limit of connections, cookies or proxies. Close it after use."""
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_reuseconn.append(_note_reuse)
     headers = {"Accept": "text/event-stream, application/json", "Accept-Encoding": "identity"}
     if api_key is not None:
         headers["Authorization"] = f"Bearer {api_key}"
@@ -36,7 +41,20 @@ def open_session(api_key: str | None) -> aiohttp.ClientSession:
         headers=headers,
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None),
+        trace_configs=[trace],
     )
+
+
+@dataclass
+class _Attempt:
+    """Whether a request went out on a connection that had served another one."""
+
+    reused: bool = False
+
+
+async def _note_reuse(session: object, context: SimpleNamespace, parameters: object) -> None:
+    if isinstance(context.trace_request_ctx, _Attempt):
+        context.trace_request_ctx.reused = True
 
 
 async def list_models(session: aiohttp.ClientSession, url: str, timeout_s: float) -> tuple[list[dict[str, Any]], str]:
@@ -126,12 +144,7 @@ async def send(
         )
 
     try:
-        async with (
-            asyncio.timeout(timeout_s),
-            session.post(
-                url, data=body, headers={"Content-Type": "application/json"}, allow_redirects=False
-            ) as response,
-        ):
+        async with asyncio.timeout(timeout_s), await _post(session, url, body) as response:
             status = response.status
             if status != 200:
                 why = error_message(_json(await response.content.read(_MOST_ERROR_BYTES)))
@@ -153,6 +166,27 @@ async def send(
         # An answer that had begun was cut off; without one there was no connection, or it broke.
         return record(Outcome.CONNECTION_ERROR if status is None else Outcome.TRUNCATED, _reason(error))
     return record()
+
+
+async def _post(session: aiohttp.ClientSession, url: str, body: bytes) -> aiohttp.ClientResponse:
+    """The answer, once its head has come.
+
+    A server may close an idle connection at the moment at which it is used again; it has not seen the request then, which
+    goes out on another one. Each attempt takes a connection from the pool, so there is an end to them.
+    """
+    while True:
+        attempt = _Attempt()
+        try:
+            return await session.post(
+                url,
+                data=body,
+                headers={"Content-Type": "application/json"},
+                allow_redirects=False,
+                trace_request_ctx=attempt,
+            )
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            if not attempt.reused:
+                raise
 
 
 def _verdict(facts: StreamFacts) -> tuple[Outcome, str]:

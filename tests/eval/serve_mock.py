@@ -32,6 +32,8 @@ class Answer:
     break_after: int | None = None
     content_type: str = "text/event-stream"
     hang_s: float = 0.0
+    # Closes the connection without a word.
+    drop: bool = False
 
 
 @dataclass
@@ -106,6 +108,10 @@ class MockServer:
             self.running -= 1
 
     async def _answer(self, request: web.Request, body: dict[str, Any], answer: Answer) -> web.StreamResponse:
+        if answer.drop:
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
         if answer.status != 200:
             document = {"error": {"message": f"told to answer {answer.status}"}}
             # A status of 3xx would lead a client astray that follows it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -122,6 +123,48 @@ def test_nobody_listens() -> None:
     assert record.outcome is Outcome.CONNECTION_ERROR
     assert record.status is None
     assert record.detail
+
+
+def two_in_a_row(plan: Callable[[int, dict[str, Any]], Answer]) -> tuple[list[Outcome], int]:
+    """Outcomes of two requests of one session, and how many the server saw."""
+
+    async def run(url: str) -> list[Outcome]:
+        async with open_session(None) as session:
+            return [
+                (
+                    await send(
+                        session,
+                        f"{url}/v1/completions",
+                        BODY,
+                        index=index,
+                        intended_s=0.0,
+                        clock=time.perf_counter,
+                        timeout_s=30.0,
+                    )
+                ).outcome
+                for index in range(2)
+            ]
+
+    with MockServer(plan) as server:
+        return asyncio.run(run(server.url)), len(server.bodies)
+
+
+def test_a_kept_connection_that_was_closed_meanwhile_is_no_failure() -> None:
+    outcomes, seen = two_in_a_row(lambda number, body: Answer(drop=number == 1))
+    assert outcomes == [Outcome.COMPLETED, Outcome.COMPLETED]
+    assert seen == 3
+
+
+def test_a_new_connection_that_is_dropped_is_a_failure() -> None:
+    outcomes, seen = two_in_a_row(lambda number, body: Answer(drop=True))
+    assert outcomes == [Outcome.CONNECTION_ERROR, Outcome.CONNECTION_ERROR]
+    assert seen == 2
+
+
+def test_a_server_that_drops_all_from_the_second_on_is_asked_once_more() -> None:
+    outcomes, seen = two_in_a_row(lambda number, body: Answer(drop=number > 0))
+    assert outcomes == [Outcome.COMPLETED, Outcome.CONNECTION_ERROR]
+    assert seen == 3
 
 
 def test_a_cancelled_request_tells_how_far_it_came() -> None:

@@ -18,6 +18,7 @@ from losa_export.errors import InputError
 from losa_export.runtimes.ort import OrtRuntime
 from losa_export.runtimes.sampling import SamplingConfig
 from losa_export.runtimes.serve.engine import (
+    STEPS_BETWEEN_PROMPTS,
     DrainingError,
     Engine,
     Event,
@@ -127,6 +128,9 @@ def test_a_running_answer_moves_between_the_pieces_of_a_long_prompt(runtime: Ort
     engine.submit([first.job])
     engine.step()
     engine.submit([second.job])
+    for _ in range(STEPS_BETWEEN_PROMPTS):
+        engine.step()
+        assert second.events == []
     before = len(first.tokens)
     for piece in range(1, 5):  # 8 + 8 + 8 + 9 tokens
         assert second.tokens == []
@@ -134,6 +138,17 @@ def test_a_running_answer_moves_between_the_pieces_of_a_long_prompt(runtime: Ort
         assert len(first.tokens) == before + piece
     assert len(second.tokens) == 2  # its first by the prompt, the next in the same step's decoding
     assert second.events[0] == Started(0)
+
+
+def test_nobody_waits_for_answers_that_do_not_run(runtime: OrtRuntime) -> None:
+    engine = engine_of(runtime)
+    first, second = Asked(prompt(0, 8), 1), Asked(prompt(1, 8), 1)
+    engine.submit([first.job])
+    engine.step()
+    assert first.end == Finished("length")
+    engine.submit([second.job])
+    engine.step()
+    assert second.end == Finished("length")
 
 
 def test_cancelling_frees_the_slot_at_the_next_boundary_and_tells_nothing_more(runtime: OrtRuntime) -> None:
@@ -192,9 +207,14 @@ def test_time_ends_waiting_reading_and_decoding(runtime: OrtRuntime) -> None:
     decoding = Asked(prompt(0, 8), 50, {"deadline": 10.0, "stop_ids": frozenset()})
     reading = Asked(prompt(1, 40), 5, {"deadline": 10.0})
     waiting = Asked(prompt(2), 5, {"queue_deadline": 5.0})
-    for one in (decoding, reading, waiting):
-        engine.submit([one.job])
+    engine.submit([decoding.job])
+    engine.step()
+    engine.submit([reading.job])
+    for _ in range(STEPS_BETWEEN_PROMPTS + 1):
         engine.step()
+    engine.submit([waiting.job])
+    engine.step()
+    assert reading.events == [Started(0)]
     assert waiting.events == []
     clock.now = 6.0
     engine.step()
