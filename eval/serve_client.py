@@ -1,8 +1,8 @@
 """A client of OpenAI-compatible servers that takes little of the processor it may share with the server.
 
 While a stream runs, bytes are cut into events and stamped with the time of their arrival; they are parsed when it has
-ended. Bodies are encoded before the load begins. Nothing is sent again but what met a connection that the server had just
-closed: connections are reused, as users' clients do.
+ended. Bodies are encoded before the load begins. Connections are kept and used again, as users' clients do; nothing is
+sent again but what met one that the server had just closed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Attempt:
     reused: bool = False
 
 
-async def _note_reuse(session: object, context: SimpleNamespace, parameters: object) -> None:
+async def _note_reuse(_session: object, context: SimpleNamespace, _parameters: object) -> None:
     if isinstance(context.trace_request_ctx, _Attempt):
         context.trace_request_ctx.reused = True
 
@@ -171,8 +171,8 @@ async def send(
 async def _post(session: aiohttp.ClientSession, url: str, body: bytes) -> aiohttp.ClientResponse:
     """The answer, once its head has come.
 
-    A server may close an idle connection at the moment at which it is used again; it has not seen the request then, which
-    goes out on another one. Each attempt takes a connection from the pool, so there is an end to them.
+    A server may close an idle connection at the moment at which it is used again. It has not seen the request then,
+    which goes out on another one. Each attempt takes a connection from the pool, so there is an end to them.
     """
     while True:
         attempt = _Attempt()

@@ -24,6 +24,9 @@ from losa_export.runtimes.serve.service import Int64, Service
 
 Body = TypeVar("Body", ChatRequest, CompletionRequest)
 
+# How much longer than it took to make an answer may take to be read.
+SLOW_READER_SECONDS = 30.0
+
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
@@ -50,10 +53,12 @@ def create_app(service: Service, keys: Keys) -> Starlette:
         Route("/openapi.json", endpoints.openapi, methods=["GET"]),
         *(page_routes() if service.settings.page else []),
     ]
+    settings = service.settings
+    longest = settings.body_timeout + settings.queue_timeout + settings.request_timeout + SLOW_READER_SECONDS
     return Starlette(
         routes=routes,
         lifespan=lifespan,
-        middleware=[Middleware(Guard, keys=keys, observe=endpoints.observe)],
+        middleware=[Middleware(Guard, keys=keys, longest=longest, observe=endpoints.observe)],
         exception_handlers={HTTPException: _http_error, ApiError: _api_error},
     )
 

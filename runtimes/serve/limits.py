@@ -87,10 +87,18 @@ class Keys:
 
 
 class Guard:
-    """The outermost layer: a request's name, its key, its line in the log; no exception goes further than here."""
+    """The outermost layer: a request's name, its key, its line in the log; no exception goes further than here.
 
-    def __init__(self, app: ASGIApp, keys: Keys, observe: Callable[[str, int], None]) -> None:
-        self._app, self._keys, self._observe = app, keys, observe
+    Args:
+        app: behind it.
+        keys: for paths under /v1/.
+        longest: seconds from a request's head to the last byte of its answer. The engine keeps its own times; this
+            one is for readers that take nothing, and hold a connection by it.
+        observe: is told path and status of each request that is over; status 0 if none was sent.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys, longest: float, observe: Callable[[str, int], None]) -> None:
+        self._app, self._keys, self._longest, self._observe = app, keys, longest, observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection of ASGI."""
@@ -119,7 +127,10 @@ class Guard:
                     "authentication_error",
                     code="invalid_api_key",
                 )
-            await self._app(scope, receive, named_send)
+            async with asyncio.timeout(self._longest):
+                await self._app(scope, receive, named_send)
+        except TimeoutError:
+            facts["finish"] = ["not read in time"]
         except ApiError as error:
             await error.response()(scope, receive, named_send)
         except Exception as error:
