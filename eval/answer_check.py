@@ -13,6 +13,7 @@ from losa_export.eval.answers import Answers, Workload
 from losa_export.eval.bench_report import AnswerCheck, AnswerMode, Side, SideCheck
 from losa_export.eval.engine import Engine
 from losa_export.eval.parity import GateReport, GateThresholds, compare, thresholds_for
+from losa_export.onnx_file import MANIFEST_FILE
 from losa_export.runtimes.base import RuntimeName
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def model_facts(folder: Path) -> dict[str, object]:
 
 def _manifest(folder: Path) -> dict[str, object]:
     try:
-        manifest = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return manifest if isinstance(manifest, dict) else {}

@@ -31,7 +31,7 @@ from losa_export.eval.task_hub import find_source, load_items
 from losa_export.eval.tasks import Item, find_task, read_items
 from losa_export.eval.zero_shot import Choice, ItemScores, accuracy, encode_item, judge, mcnemar
 from losa_export.files import check_output_file, input_folder, sha256_of, write_text_atomic
-from losa_export.onnx_file import MODEL_FILE
+from losa_export.onnx_file import MANIFEST_FILE, MODEL_FILE
 from losa_export.progress import Progress
 from losa_export.runtimes.base import Runtime, RuntimeName
 from losa_export.runtimes.detokenize import load_stop_ids
@@ -188,7 +188,7 @@ def _default(side: str, folder: Path) -> RuntimeName:
 def _identity(folder: Path, runtime: Runtime) -> dict[str, str]:
     """SHA-256 of the files that decide a model's answers, by name, for `losa verify` and reports."""
     # The manifest too, so that its figures are bound to this evaluation.
-    names = sorted({*runtime.describe().model_files, "export.json", "tokenizer.json"})
+    names = sorted({*runtime.describe().model_files, MANIFEST_FILE, "tokenizer.json"})
     return {name: sha256_of(folder / name) for name in names if (folder / name).is_file()}
 
 

@@ -31,7 +31,7 @@ from losa_export.errors import (
 )
 from losa_export.files import check_output, output_folder, write_text_atomic
 from losa_export.gguf_import import gguf_name, hugging_face_name, permute_rotary, unpermute_rotary
-from losa_export.graph.manifest import MANIFEST_FILE
+from losa_export.onnx_file import MANIFEST_FILE
 from losa_export.progress import Progress
 from losa_export.runtimes.isolated import isolated_engine
 from losa_export.runtimes.llamacpp import GGUF_FILE

@@ -12,7 +12,7 @@ from losa_export.errors import FormatError
 from losa_export.files import check_output, input_folder, output_folder, write_text_atomic
 from losa_export.graph.external import DATA_FILE, MODEL_FILE, ModelFolder, check_external_data
 from losa_export.graph.genai import GENAI_FILE
-from losa_export.graph.manifest import MANIFEST_FILE
+from losa_export.onnx_file import MANIFEST_FILE
 from losa_export.progress import Progress
 
 # Nodes in place of one product, and their new initializers.

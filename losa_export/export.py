@@ -17,6 +17,7 @@ from losa_export.errors import ConfigError, MissingDependencyError
 from losa_export.export_gate import StoredTypes, is_installed, reference_source, run_gate
 from losa_export.exporters import Exporter, ExporterChoice, ProfileChoice, make_exporter, read_spec
 from losa_export.files import check_output, output_folder, write_text_atomic
+from losa_export.onnx_file import MANIFEST_FILE, MANIFEST_FORMAT
 from losa_export.progress import Progress
 
 if TYPE_CHECKING:
@@ -269,7 +270,6 @@ def _write_model(
     from losa_export.graph.formats import value_format
     from losa_export.graph.genai import GENAI_FILE, genai_config
     from losa_export.graph.manifest import (
-        MANIFEST_FORMAT,
         check_digests,
         package_version,
         read_sparse_linears,
@@ -353,7 +353,7 @@ def _generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     from losa_export.graph.external import DATA_FILE, MODEL_FILE
-    from losa_export.graph.manifest import MANIFEST_FILE, file_records
+    from losa_export.graph.manifest import file_records
 
     manifest["files"] = file_records(folder)
     manifest["model_bytes"] = sum(

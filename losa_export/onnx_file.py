@@ -18,6 +18,9 @@ from losa_export.errors import FormatError
 from losa_export.files import safe_child
 
 MODEL_FILE = "model.onnx"
+# Beside it: what was exported, from what, with the hashes of all files.
+MANIFEST_FILE = "export.json"
+MANIFEST_FORMAT = "losa-export-1"
 _MAX_DEPTH = 100  # as protobuf's own readers: deeper nesting is an attack, not a model
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _EXTERNAL = 1

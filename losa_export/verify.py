@@ -19,15 +19,13 @@ from losa_export.errors import CheckpointError, InputError, MissingDependencyErr
 from losa_export.export_gate import is_installed
 from losa_export.files import input_folder, safe_child
 from losa_export.masks import load_masks
-from losa_export.onnx_file import MODEL_FILE, check_references
+from losa_export.onnx_file import MANIFEST_FILE, MANIFEST_FORMAT, MODEL_FILE, check_references
 from losa_export.progress import Progress
 from losa_export.verification import Check, Difference, Verification
 
 if TYPE_CHECKING:
     from losa_export.verify_patterns import Sources
 
-MANIFEST_FILE = "export.json"
-MANIFEST_FORMAT = "losa-export-1"
 
 # An unlisted file of these names changes what an engine computes, or what its answer says.
 _MODEL_SUFFIXES = frozenset((".onnx", ".data", ".safetensors", ".bin", ".gguf", ".pt", ".pth"))

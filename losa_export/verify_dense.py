@@ -15,7 +15,7 @@ from losa_export.graph.external import ModelFolder
 from losa_export.graph.sparsity import RECORD_FILE
 from losa_export.graph.zeros import nonzero_patterns
 from losa_export.masks import BoolArray
-from losa_export.onnx_file import MODEL_FILE
+from losa_export.onnx_file import MANIFEST_FILE, MODEL_FILE
 from losa_export.progress import Progress
 from losa_export.verification import Check, Difference
 from losa_export.verify_patterns import (
@@ -106,7 +106,7 @@ def _read_matrix(name: str, nonzero: BoolArray, sources: Sources, found: Found) 
 
 def _judge(found: Found, recorded: Table, sources: Sources) -> list[Check]:
     count = f"{len(found.patterns)} matrices"
-    found.note("zero patterns", differing(found.patterns, digests_in(recorded, "nonzero_sha256"), "export.json"))
+    found.note("zero patterns", differing(found.patterns, digests_in(recorded, "nonzero_sha256"), MANIFEST_FILE))
     found.note("sparsity", miscounted(found.patterns, recorded, {}))
     patterns = found.judge("zero patterns", f"digests of {count} from the values that are not zero")
     sparsity = found.judge("sparsity", f"shape and zeros of {count}")

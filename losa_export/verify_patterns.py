@@ -21,6 +21,7 @@ from losa_export.graph.formats.base import PADDING_BYTES, block_offsets
 from losa_export.graph.sparsity import MASKS_FILE, RECORD_FILE
 from losa_export.graph.stored import StoredNode
 from losa_export.masks import BoolArray, MaskFile, digest, zeros_count
+from losa_export.onnx_file import MANIFEST_FILE
 from losa_export.progress import Progress
 from losa_export.verification import Check, Difference
 
@@ -133,7 +134,7 @@ def check_sparse(
             values |= dict.fromkeys((part.name for part in node.parts), node.value_format.name)
             progress.advance()
     recorded = table_of(sources.manifest, "tensors")
-    found.note("zero patterns", differing(found.patterns, digests_in(recorded, "mask_sha256"), "export.json"))
+    found.note("zero patterns", differing(found.patterns, digests_in(recorded, "mask_sha256"), MANIFEST_FILE))
     found.note("sparsity", miscounted(found.patterns, recorded, values))
     kind, stated = "sparse" if nodes else "dense", sources.manifest.get("weights")
     if stated != kind:

@@ -1,4 +1,4 @@
-"""Tokenizer of a model folder, and text from a stream of tokens without broken characters."""
+"""Text from a stream of tokens without broken characters, and the tokens that end it."""
 
 from __future__ import annotations
 
@@ -16,27 +16,6 @@ _REPLACEMENT = "\ufffd"
 _MAX_HELD = 32
 # Tokens of the prompt that the first new token is decoded behind: decoders strip a leading space only there.
 _CONTEXT = 4
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The fast tokenizer of a folder.
-
-    Raises: CheckpointError when `tokenizer.json` is missing or malformed.
-    """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"'{folder}' has no tokenizer.json, so text cannot be turned into tokens; "
-            "copy the tokenizer files of the original checkpoint there",
-            path=path,
-        )
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception for everything
-        raise CheckpointError(
-            f"'{path}' is not a tokenizer that the package 'tokenizers' can read: {error}; copy it again",
-            path=path,
-        ) from error
 
 
 def load_stop_ids(folder: Path) -> tuple[int, ...]:

@@ -16,9 +16,10 @@ from losa_export.chat import ChatTemplate, Message, load_chat_template
 from losa_export.errors import ConfigError, InputError
 from losa_export.files import input_folder
 from losa_export.runtimes.base import Runtime, RuntimeName
-from losa_export.runtimes.detokenize import StreamDecoder, load_stop_ids, load_tokenizer
+from losa_export.runtimes.detokenize import StreamDecoder, load_stop_ids
 from losa_export.runtimes.loader import load_runtime
 from losa_export.runtimes.sampling import SamplingConfig, choose_token
+from losa_export.text import load_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -21,6 +21,7 @@ from losa_export.checkpoint import read_json
 from losa_export.errors import LosaError
 from losa_export.eval.fidelity import fidelity
 from losa_export.eval.studies.codebooks import rise
+from losa_export.onnx_file import MANIFEST_FILE
 from losa_export.runtimes.base import Runtime
 from losa_export.runtimes.detokenize import load_stop_ids
 from losa_export.runtimes.loader import load_runtime
@@ -67,7 +68,7 @@ def compare(runtimes: Sequence[Runtime], windows: NDArray[np.int64], *, show_pro
 
 def describe(folder: Path) -> str:
     """How an exported folder stores its values, in a few words."""
-    record = read_json(folder / "export.json", what="exported folder", mend="export it again")
+    record = read_json(folder / MANIFEST_FILE, what="exported folder", mend="export it again")
     if record.get("values") in (None, "fp32"):
         return "fp32"
     group = f", group {record['group']}" if record.get("group") else ""
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     sys.stdout.write("| values | MB | perplexity | rise | KL |\n|---|---|---|---|---|\n")
     for folder, label, row in zip(folders, labels, rows, strict=True):
-        size = read_json(folder / "export.json", what="exported folder", mend="export it again")["model_bytes"]
+        size = read_json(folder / MANIFEST_FILE, what="exported folder", mend="export it again")["model_bytes"]
         cost = "| | |" if folder is options.exact else f"| {_percent(row)} | {row.kl_divergence:.5f} |"
         sys.stdout.write(f"| {label} | {size / 1e6:.0f} | {row.perplexity:.2f} {cost}\n")
     return 0

@@ -16,9 +16,7 @@ from losa_export.files import sha256_of
 from losa_export.graph.external import ModelFolder
 from losa_export.graph.stored import stored_nodes
 from losa_export.masks import digest, zeros_count
-
-MANIFEST_FILE = "export.json"
-MANIFEST_FORMAT = "losa-export-1"
+from losa_export.onnx_file import MANIFEST_FILE
 
 _VERSIONS_OF = ("losa-export", "numpy", "onnx", "onnx-ir", "onnxruntime")
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_export.errors import CheckpointError, InputError
+from losa_export.onnx_file import MANIFEST_FILE
 from losa_export.runtimes.base import RuntimeDescription
 from losa_export.runtimes.generate import TextModel
 from losa_export.runtimes.ort import OrtRuntime
@@ -295,7 +296,7 @@ def _put(inbox: asyncio.Queue[tuple[int, Event]], choice: int, event: Event) -> 
 
 def read_facts(folder: Path, name: str | None, runtime: RuntimeDescription, created: int) -> ModelFacts:
     """What export.json and the runtime tell. Raises: CheckpointError when export.json is no JSON object."""
-    path = folder / "export.json"
+    path = folder / MANIFEST_FILE
     record: Mapping[str, object] = {}
     if path.is_file():
         try:

@@ -19,7 +19,7 @@ from losa_export.runtimes.base import (
     check_prompt,
     check_state_size,
 )
-from losa_export.runtimes.detokenize import StreamDecoder, load_stop_ids, load_tokenizer
+from losa_export.runtimes.detokenize import StreamDecoder, load_stop_ids
 from losa_export.runtimes.generate import GenerationConfig, TextModel, generate_text, generate_tokens
 from losa_export.runtimes.loader import load_runtime
 
@@ -254,14 +254,6 @@ def test_stop_ids_come_from_the_first_file_that_has_them(tmp_path: Path) -> None
     (tmp_path / "generation_config.json").write_text("[")
     with pytest.raises(CheckpointError, match=r"generation_config.json' is not readable JSON.*copy it again"):
         load_stop_ids(tmp_path)
-
-
-def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no tokenizer.json.*copy the tokenizer files"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"tokenizer.json' is not a tokenizer that .* can read.*copy it again"):
-        load_tokenizer(tmp_path)
 
 
 def test_an_unknown_runtime_is_refused_with_the_known_ones(tmp_path: Path) -> None:
