@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
+
+from losa_export.units import seconds_of
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -20,15 +21,12 @@ def fraction(text: str) -> float:
         raise argparse.ArgumentTypeError(f"'{text}' is no number; write 0.7 or 70%") from None
 
 
-_SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "": 1.0}
-
-
 def duration(text: str) -> float:
     """A duration such as 90, 90s, 10m or 1.5h, in seconds."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h|)\s*", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"'{text}' is no duration; write for example 90s, 10m or 1.5h")
-    return float(match[1]) * _SECONDS[match[2]]
+    try:
+        return seconds_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' {error}") from None
 
 
 def add_output(parser: argparse.ArgumentParser, default: str | None) -> None:

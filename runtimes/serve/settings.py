@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from losa_export.errors import ConfigError, InputError
+from losa_export.units import bytes_of, seconds_of
 
 ENVIRONMENT_PREFIX = "LOSA_SERVE_"
 
 Kind = Literal["text", "path", "whole", "seconds", "bytes", "flag"]
-
-_SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "": 1.0}
-_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_BYTES |= {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def _setting(default: object, kind: Kind, text: str, *, least: float = 0.0, optional: bool = False) -> Any:
@@ -167,15 +164,9 @@ def parse(value: object, kind: Kind) -> object:
                 raise ValueError("must be true or false")
             return value.strip().lower() in ("true", "1", "yes")
         case "seconds":
-            duration = re.fullmatch(r"\s*(\d{1,12}(?:\.\d+)?)\s*(s|m|min|h|)\s*", value)
-            if not duration:
-                raise ValueError("must be a duration such as 30, 30s, 10m or 1.5h")
-            return float(duration[1]) * _SECONDS[duration[2]]
+            return seconds_of(value)
         case "bytes":
-            size = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-            if not size or size[2].upper() not in _BYTES:
-                raise ValueError("must be a size such as 1000000, 512M, 2G or 1.5GiB")
-            return int(float(size[1]) * _BYTES[size[2].upper()])
+            return bytes_of(value)
 
 
 def read_api_keys(settings: ServeSettings, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
