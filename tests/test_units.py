@@ -23,7 +23,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "soon", "-1s", "1d", "1 2", "1e3", "9" * 30])
 def test_what_is_no_time_or_size_says_how_to_write_one(text: str) -> None:
-    with pytest.raises(ValueError, match="such as 90s, 10m or 1.5h"):
+    with pytest.raises(ValueError, match="such as 90s, 10m or"):
         seconds_of(text)
     with pytest.raises(ValueError, match="such as 1000000, 512M"):
         bytes_of(text)

@@ -145,7 +145,7 @@ def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["train", "m", "--sparsity", "0.5", "-o", "x", "--time-budget", "soon"])
     assert stop.value.code == 2
-    assert "write for example 90s, 10m or 1.5h" in capsys.readouterr().err
+    assert "must be a duration such as 90s, 10m or 1.5h" in capsys.readouterr().err
 
 
 def test_help_is_printed_without_loading_an_engine() -> None:
