@@ -9,20 +9,19 @@ so weights inside the file are never read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from losa_export.errors import FormatError
 from losa_export.files import safe_child
+from losa_export.protobuf_wire import Field, as_bytes, fields, text
 
 MODEL_FILE = "model.onnx"
 # Beside it: what was exported, from what, with the hashes of all files.
 MANIFEST_FILE = "export.json"
 MANIFEST_FORMAT = "losa-export-1"
 _MAX_DEPTH = 100  # as protobuf's own readers: deeper nesting is an attack, not a model
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _EXTERNAL = 1
 
 Kind = Literal["model", "graph", "function", "node", "attribute", "sparse", "tensor"]
@@ -39,8 +38,6 @@ _INSIDE: dict[Kind, dict[int, Kind]] = {
 _NODE_OP_TYPE, _NODE_DOMAIN = 4, 7
 _TENSOR_NAME, _TENSOR_EXTERNAL_DATA, _TENSOR_LOCATION = 8, 13, 14
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
-
-Field = tuple[int, int | memoryview]  # number and value: an int, or the bytes of a string or message
 
 
 @dataclass(frozen=True)
@@ -73,15 +70,15 @@ def check_references(folder: Path) -> ModelReferences:
             kind, message, depth = pending.pop()
             if depth > _MAX_DEPTH:
                 raise ValueError(f"messages are nested more than {_MAX_DEPTH} deep")
-            fields = list(_fields(message))
-            for number, value in fields:
+            found = list(fields(message))
+            for number, value in found:
                 inner = _INSIDE[kind].get(number)
                 if inner is not None:
-                    pending.append((inner, _as_bytes(value), depth + 1))
+                    pending.append((inner, as_bytes(value), depth + 1))
             if kind == "node":
-                operators.add((_text(fields, _NODE_DOMAIN), _text(fields, _NODE_OP_TYPE)))
-            elif kind == "tensor" and (_TENSOR_LOCATION, _EXTERNAL) in fields:
-                files.add(_check_tensor(folder, fields))
+                operators.add((text(found, _NODE_DOMAIN), text(found, _NODE_OP_TYPE)))
+            elif kind == "tensor" and (_TENSOR_LOCATION, _EXTERNAL) in found:
+                files.add(_check_tensor(folder, found))
         if not operators:
             raise ValueError("it has no nodes")
     except ValueError as error:
@@ -89,13 +86,13 @@ def check_references(folder: Path) -> ModelReferences:
     return ModelReferences(frozenset(files), frozenset(operators))
 
 
-def _check_tensor(folder: Path, fields: list[Field]) -> Path:
-    name = _text(fields, _TENSOR_NAME)
+def _check_tensor(folder: Path, tensor: list[Field]) -> Path:
+    name = text(tensor, _TENSOR_NAME)
     facts: dict[str, str] = {}
-    for number, value in fields:
+    for number, value in tensor:
         if number == _TENSOR_EXTERNAL_DATA:
-            entry = list(_fields(_as_bytes(value)))
-            facts[_text(entry, _ENTRY_KEY)] = _text(entry, _ENTRY_VALUE)
+            entry = list(fields(as_bytes(value)))
+            facts[text(entry, _ENTRY_KEY)] = text(entry, _ENTRY_VALUE)
     path = safe_child(folder, facts.get("location", ""))
     available = path.stat().st_size
     try:
@@ -110,54 +107,3 @@ def _check_tensor(folder: Path, fields: list[Field]) -> Path:
             path=path,
         )
     return path
-
-
-def _fields(message: memoryview) -> Iterator[Field]:
-    """The fields of one message in wire format, fixed-size ones skipped. Raises: ValueError where it breaks off."""
-    position, end = 0, len(message)
-    while position < end:
-        key, position = _varint(message, position)
-        number, wire = key >> 3, key & 7
-        if wire == _VARINT:
-            value, position = _varint(message, position)
-            yield number, value
-        elif wire == _BYTES:
-            length, position = _varint(message, position)
-            if length > end - position:
-                raise ValueError(f"a field of {length} bytes breaks off: the file is truncated")
-            yield number, message[position : position + length]
-            position += length
-        elif wire in (_FIXED64, _FIXED32):
-            position += 8 if wire == _FIXED64 else 4
-            if position > end:
-                raise ValueError("a number breaks off: the file is truncated")
-        else:
-            raise ValueError(f"wire type {wire} is unknown")
-
-
-def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    """The number at `position`, seven bits per byte from the lowest, and where the next begins."""
-    value = 0
-    for count in range(10):
-        if position >= len(message):
-            raise ValueError("a number breaks off: the file is truncated")
-        byte = message[position]
-        position += 1
-        value |= (byte & 0x7F) << (7 * count)
-        if byte < 0x80:
-            return value, position
-    raise ValueError("a number has more than 64 bits")
-
-
-def _text(fields: list[Field], number: int) -> str:
-    """The last string of that number, as protobuf reads it; '' if there is none."""
-    for found, value in reversed(fields):
-        if found == number:
-            return bytes(_as_bytes(value)).decode("utf-8")  # UnicodeDecodeError is a ValueError
-    return ""
-
-
-def _as_bytes(value: int | memoryview) -> memoryview:
-    if isinstance(value, int):
-        raise ValueError("a number stands where a message should")
-    return value

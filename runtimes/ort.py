@@ -9,7 +9,7 @@ lengths are padded on the left. Profile `deepsparse` grows too, and is told who 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from losa_export.runtimes.threads import resolve_threads
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
+
+_PRESENT = "present."
 
 
 @dataclass(frozen=True)
@@ -131,21 +133,33 @@ class GrowingState:
 
 
 class OrtRuntime:
-    """A decoder graph on ONNX Runtime; see `losa_export.runtimes.base.Runtime`."""
+    """A decoder graph on ONNX Runtime; see `losa_export.runtimes.base.Runtime`.
+
+    Attributes:
+        kernel_row: row of our kernel table that computes the graph's sparse nodes; None if none of them does.
+        layout: of the cache.
+    """
 
     def __init__(self, opened: OpenSession, folder: Path, options: SessionOptions) -> None:
         self.name = "ort" if options.custom_op else "ort-stock"
         self._folder = folder
         self._options = options
-        self._kernel_row = opened.kernel_row
+        self.kernel_row = opened.kernel_row
         self._session: Any = opened.session
+        self._reader: Any = None  # the same graph without logits, opened when it is first needed
         self._input_types = {item.name: _dtype(item.type) for item in opened.session.get_inputs()}
         self.layout = read_layout(opened, folder)
         self.vocab_size, self.max_positions = read_sizes(opened, folder)
 
     @classmethod
     def load(
-        cls, folder: Path, *, threads: int | None = None, custom_op: bool = True, prepack: bool = True
+        cls,
+        folder: Path,
+        *,
+        threads: int | None = None,
+        custom_op: bool = True,
+        prepack: bool = True,
+        stop_spinning: bool = False,
     ) -> OrtRuntime:
         """Open `folder`.
 
@@ -154,9 +168,10 @@ class OrtRuntime:
             threads: within one operation; None takes what the machine offers.
             custom_op: register our kernels (runtime 'ort'), or run the file as it is ('ort-stock').
             prepack: see SessionOptions; off saves memory where speed does not matter.
+            stop_spinning: see SessionOptions; `absorb` wants it.
         Raises: ConfigError for an impossible number of threads, and what open_session raises.
         """
-        options = SessionOptions(resolve_threads(threads), custom_op, prepack)
+        options = SessionOptions(resolve_threads(threads), custom_op, prepack, stop_spinning)
         return cls(open_session(folder, options), folder, options)
 
     def new_state(self, batch: int, capacity: int) -> SharedState | GrowingState:
@@ -213,6 +228,43 @@ class OrtRuntime:
         only_row: Float32 = logits[0]
         return only_row
 
+    def absorb(self, state: SharedState, row: int, token_ids: Int64) -> None:
+        """Append tokens to one row, empty or not, without computing logits: the head is left out.
+
+        Done by a second session, as `open_reader` has it; the first call opens it.
+
+        Args:
+            state: a shared cache made by new_state of this runtime.
+            row: which of its rows.
+            token_ids: (S,) integers in [0, V), S ≥ 1.
+        Raises: InputError as `prefill` and `extend`; FormatError for a graph that cannot do without its logits.
+        """
+        self._check_open()
+        filled = 0 <= row < len(state.lengths) and state.lengths[row] > 0
+        tokens = (check_extension if filled else check_prompt)(state, row, token_ids, self.vocab_size)
+        self.open_reader()
+        first = int(state.lengths[row])
+        total = first + tokens.size
+        binding = self._reader.io_binding()
+        bind_shared(binding, self.layout, [buffer[row : row + 1] for buffer in state.buffers])
+        positions = np.arange(first, total, dtype=np.int64)[None]
+        kept = self._bind_tokens(binding, tokens[None], positions, state.ones[:, :total])
+        try:
+            self._reader.run_with_iobinding(binding)
+        except Exception as error:  # as in _run
+            raise run_failed(error, self.name, "absorb") from error
+        del kept
+        state.lengths[row] = total
+
+    def open_reader(self) -> None:
+        """Open the session of `absorb`: the same graph without logits, its weights mapped from the same file.
+
+        Raises: FormatError for a graph that cannot do without its logits, and what open_session raises.
+        """
+        if self._reader is None:
+            options = replace(self._options, outputs=_PRESENT)
+            self._reader = open_session(self._folder, options).session
+
     def truncate(self, state: DecodeState, row: int, length: int) -> None:
         """Forget all but the first tokens of a row; a shared buffer is overwritten before it is read again."""
         self._check_open()
@@ -250,7 +302,7 @@ class OrtRuntime:
             engine="onnxruntime",
             version=ort.__version__,
             threads=self._options.threads,
-            kernel_row=self._kernel_row,
+            kernel_row=self.kernel_row,
             model_files=file_sizes(self._folder, "model.onnx*"),
             details={
                 "providers": ["CPUExecutionProvider"],
@@ -262,7 +314,7 @@ class OrtRuntime:
 
     def close(self) -> None:
         """Drop the session; its memory is free once no state of it is left."""
-        self._session = None
+        self._session = self._reader = None
 
     def _check_open(self) -> None:
         check_open(self._session is None, self.name)
@@ -320,7 +372,7 @@ def read_layout(opened: OpenSession, folder: Path) -> CacheLayout:
     inputs = {item.name: item for item in opened.session.get_inputs()}
     outputs = {item.name for item in opened.session.get_outputs()}
     past = [name for name in inputs if name.startswith("past_key_values.")]
-    present = [name.replace("past_key_values.", "present.", 1) for name in past]
+    present = [name.replace("past_key_values.", _PRESENT, 1) for name in past]
     missing = [name for name in ("input_ids",) if name not in inputs]
     missing += [name for name in ("logits", *present) if name not in outputs]
     if missing or not past:

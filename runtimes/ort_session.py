@@ -16,6 +16,7 @@ import onnxruntime as ort
 
 from losa_export.errors import CheckpointError, FormatError, KernelError, LosaError, RuntimeFailureError
 from losa_export.onnx_file import MODEL_FILE, check_references
+from losa_export.onnx_outputs import with_outputs
 from losa_export.runtimes import native
 
 _FATAL = 4  # log severity: errors arrive as exceptions, so the log lines beside them would only repeat
@@ -30,11 +31,16 @@ class SessionOptions:
         threads: within one operation; operations run one after another.
         custom_op: register our kernels.
         prepack: let ONNX Runtime copy dense weights into its fastest layout; costs memory and load time.
+        stop_spinning: let threads stop waiting busily when a run returns: for a process that has other work between
+            two runs, or several sessions, whose threads would else take each other's processors.
+        outputs: begin of the names of those outputs that are computed; '' is all of them.
     """
 
     threads: int
     custom_op: bool
     prepack: bool = True
+    stop_spinning: bool = False
+    outputs: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,17 +79,30 @@ def open_session(folder: Path, options: SessionOptions) -> OpenSession:
     chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     if not options.prepack:
         chosen.add_session_config_entry("session.disable_prepacking", "1")
+    if options.stop_spinning:
+        chosen.add_session_config_entry("session.force_spinning_stop", "1")
+    model: str | bytes = str(path)
+    if options.outputs:
+        model = _pruned(path, options.outputs)
+        chosen.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     row: str | None = None
     if options.custom_op:
         row = native.describe().row  # an unknown LOSA_KERNEL is told here, in our own words
         _register(chosen, native.library_path())
     try:
-        session = ort.InferenceSession(str(path), chosen, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model, chosen, providers=["CPUExecutionProvider"])
     except Exception as error:  # the binding has a dozen exception classes with no common base of their own
         _refuse(error, path)
     if not any(domain == _SPARSE_DOMAIN for domain, _ in references.operators):
         row = None  # a dense model: none of our kernels runs
     return OpenSession(session, row, settings)
+
+
+def _pruned(path: Path, outputs: str) -> bytes:
+    try:
+        return with_outputs(path.read_bytes(), lambda name: name.startswith(outputs))
+    except ValueError as error:
+        raise FormatError(f"'{path}' cannot be cut to its outputs '{outputs}…': {error}", path=path) from error
 
 
 def run_failed(error: Exception, name: str, what: str) -> RuntimeFailureError:

@@ -123,11 +123,20 @@ class Study:
         write_text_atomic(self._file(cell), json.dumps(document, indent=1) + "\n")
 
 
-def cells_of(forms: Sequence[str], sparsities: Sequence[float], depths: Sequence[int]) -> list[Cell]:
-    """All measurements, the dense forms first, then a sparsity after the other in the order given."""
+def cells_of(
+    forms: Sequence[str], sparsities: Sequence[float], depths: Sequence[int], shallow: Sequence[float] = ()
+) -> list[Cell]:
+    """All measurements, the dense forms first, then a sparsity after the other in the order given.
+
+    Args:
+        forms: names of FORMS.
+        sparsities: measured at every depth.
+        depths: blocks.
+        shallow: sparsities that are measured at the first depth alone.
+    """
     cells = []
-    for sparsity in (0.0, *sparsities):
-        for blocks in depths:
+    for sparsity in (0.0, *sparsities, *shallow):
+        for blocks in depths[:1] if sparsity in shallow else depths:
             cells += [
                 Cell(Model(form, sparsity, blocks), Model(DENSE, 0.0, blocks))
                 for form in forms
@@ -202,6 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--sparsities", type=float, nargs="+", default=[0.7, 0.5, 0.8, 0.6], metavar="S", help="default: 0.5 … 0.8"
     )
+    parser.add_argument(
+        "--shallow", type=float, nargs="+", default=[], metavar="S", help="sparsities at the first of --blocks alone"
+    )
     parser.add_argument("--forms", nargs="+", choices=forms, default=forms, help="default: all")
     parser.add_argument("--prompt", type=int, default=Study.prompt_tokens, metavar="N", help="default: %(default)s")
     parser.add_argument("--gen", type=int, default=Study.new_tokens, metavar="N", help="default: %(default)s")
@@ -222,7 +234,7 @@ def _measure(options: argparse.Namespace, words: Sequence[str]) -> bool:
             options.like, options.output.resolve(), options.threads, options.prompt, options.gen, options.seconds
         )
         _check_shape(options)
-        cells = cells_of(options.forms, options.sparsities, options.blocks)
+        cells = cells_of(options.forms, options.sparsities, options.blocks, options.shallow)
         failed = _run(study, cells)
         if options.page is not None:
             options.page.mkdir(parents=True, exist_ok=True)
@@ -238,7 +250,7 @@ def _measure(options: argparse.Namespace, words: Sequence[str]) -> bool:
 def _check_shape(options: argparse.Namespace) -> None:
     """Raises: ConfigError for a shape that is none, fewer blocks than one, or a sparsity outside [0, 1)."""
     for blocks in options.blocks:
-        for sparsity in options.sparsities:
+        for sparsity in (*options.sparsities, *options.shallow):
             SynthConfig(options.like, Path(), blocks, sparsity)
 
 

@@ -304,8 +304,8 @@ class Engine:
             self._tell(job, Started(cached))
         reading = self._reading
         start, stop = reading.left.popleft()
-        logits = self._pool.read(reading.row, reading.job.prompt[start:stop])
-        if reading.left:
+        logits = self._pool.read(reading.row, reading.job.prompt[start:stop], last=not reading.left)
+        if logits is None:
             return
         self._reading, self._pause = None, STEPS_BETWEEN_PROMPTS
         token = self._choose(reading.job, logits)

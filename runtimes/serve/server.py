@@ -39,7 +39,7 @@ def open_service(folder: Path, settings: ServeSettings) -> Service:
     if settings.verify:
         check_files(folder)
     threads = settings.threads or max(1, default_threads() // settings.workers)
-    model = TextModel.open(folder, OrtRuntime.load(folder, threads=threads))
+    model = TextModel.open(folder, OrtRuntime.load(folder, threads=threads, stop_spinning=True))
     try:
         facts = read_facts(folder, settings.model_name, model.runtime.describe(), int(time.time()))
         return Service(settings, model, facts, workers=settings.workers)

@@ -24,6 +24,8 @@ Int64 = NDArray[np.int64]
 LEAST_SHARED = 8
 # One token alone is computed as in decoding, with other last bits: so a piece of a prompt has two at least.
 LEAST_PIECE = 2
+# From here on it is faster to read all but two tokens without their logits, and these two apart, than all with them.
+LEAST_ABSORBED = 62
 
 
 @dataclass
@@ -61,6 +63,10 @@ class SlotPool:
                 "this export's cache grows with each token, so requests cannot share a pool; export it with: "
                 "losa export --profile ort"
             )
+        # Dense matrices would be packed a second time for the second session.
+        self._absorbs = runtime.kernel_row is not None
+        if self._absorbs:
+            runtime.open_reader()
         self._runtime, self._state, self._share = runtime, state, share_prefixes
         for buffer in state.buffers:
             buffer.fill(0.0)  # touches each page: what does not fit fails now, not in the middle of an answer
@@ -97,13 +103,23 @@ class SlotPool:
         self._state.lengths[row] = shared
         return row, shared
 
-    def read(self, row: int, tokens: Int64) -> NDArray[np.float32]:
-        """Read a piece of a prompt into its row. Returns: (V,) logits after its last token."""
+    def read(self, row: int, tokens: Int64, *, last: bool = True) -> NDArray[np.float32] | None:
+        """Read a piece of a prompt into its row.
+
+        Returns: (V,) logits after its last token; None unless this is the last piece.
+        """
+        absorbed = tokens.size - LEAST_PIECE if last else tokens.size
+        if not self._absorbs or (last and absorbed < LEAST_ABSORBED):
+            absorbed = 0
+        if absorbed:
+            self._runtime.absorb(self._state, row, tokens[:absorbed])
+        logits: NDArray[np.float32] | None = None
+        if absorbed < tokens.size:
+            call = self._runtime.extend if self._state.lengths[row] else self._runtime.prefill
+            logits = call(self._state, row, tokens[absorbed:])[-1]
         known = self._rows[row]
-        call = self._runtime.extend if self._state.lengths[row] else self._runtime.prefill
-        logits: NDArray[np.float32] = call(self._state, row, tokens)[-1]
         known.prompt = np.concatenate([known.prompt, tokens])
-        return logits
+        return logits if last else None
 
     def join(self, row: int) -> int:
         """Let a row whose prompt is read take part in decoding. Returns: the row where it stands now."""

@@ -52,6 +52,8 @@ def test_dense_peers_are_measured_once_and_duels_at_the_papers_sparsity() -> Non
         "ours, int8, 70% zeros, 4 blocks, against dense Q4_0, llama.cpp, 0% zeros, 4 blocks",
     ]
     assert len({cell.name for cell in cells}) == len(cells)
+    shallow = cells_of(["int8"], [0.7], [2, 4], shallow=[0.5])
+    assert [(cell.candidate.sparsity, cell.candidate.blocks) for cell in shallow] == [(0.7, 2), (0.7, 4), (0.5, 2)]
 
 
 def test_models_are_made_once_and_go_when_nobody_wants_them(tmp_path: Path) -> None:

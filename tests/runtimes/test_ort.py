@@ -398,3 +398,24 @@ def write_sparse(folder: Path, offsets: list[int]) -> None:
     )
     opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("losa.sparse", 1)]
     onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), folder / "model.onnx")
+
+
+def test_absorbed_tokens_leave_what_prefilled_ones_leave(shared_folder: Path) -> None:
+    runtime = OrtRuntime.load(shared_folder, threads=1, custom_op=False)
+    sequence = sequences()[1]
+    expected = alone(runtime, sequence)
+    state = runtime.new_state(2, len(sequence))
+    assert isinstance(state, SharedState)
+    runtime.absorb(state, 1, sequence[:5])
+    runtime.absorb(state, 1, sequence[5:9])
+    assert state.lengths.tolist() == [0, 9]
+    np.testing.assert_allclose(runtime.extend(state, 1, sequence[9:]), expected[9:], atol=TOLERANCE)
+    with pytest.raises(InputError, match="would hold"):
+        runtime.absorb(state, 1, sequence)
+    with pytest.raises(InputError, match="row 2 of the cache"):
+        runtime.absorb(state, 2, sequence)
+    with pytest.raises(InputError, match="the prompt is empty"):
+        runtime.absorb(state, 0, sequence[:0])
+    runtime.close()
+    with pytest.raises(InputError, match="is closed"):
+        runtime.absorb(state, 0, sequence)

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from losa_export.errors import InputError
 from losa_export.export import ExportConfig, export_onnx
 from losa_export.runtimes.ort import OrtRuntime
+from losa_export.runtimes.serve import slots
 from losa_export.runtimes.serve.slots import LEAST_SHARED, SlotPool, pieces
 
 Int64 = NDArray[np.int64]
@@ -31,13 +32,21 @@ def prompt(seed: int, size: int) -> Int64:
 
 def read(pool: SlotPool, tokens: Int64, chunk: int = 16) -> tuple[int, int, NDArray[np.float32]]:
     row, shared = pool.claim(tokens)
-    logits = None
-    for start, stop in pieces(shared, tokens.size, chunk):
-        logits = pool.read(row, tokens[start:stop])
+    cut = pieces(shared, tokens.size, chunk)
+    for number, (start, stop) in enumerate(cut, start=1):
+        logits = pool.read(row, tokens[start:stop], last=number == len(cut))
+        assert (logits is None) == (number < len(cut))
     assert logits is not None
     return row, shared, logits
 
 
+@pytest.fixture(autouse=True, params=[2, 62], ids=["absorbs", "short"])
+def least_absorbed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts here are short: most of each is read without logits, or only what is not the last piece."""
+    monkeypatch.setattr(slots, "LEAST_ABSORBED", request.param)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(start=st.integers(0, 50), length=st.integers(0, 200), size=st.integers(2, 70))
 def test_pieces_cover_a_prompt_and_none_is_a_single_token(start: int, length: int, size: int) -> None:
     found = pieces(start, start + length, size)
@@ -102,7 +111,7 @@ def test_the_least_recently_used_row_is_given_away(runtime: OrtRuntime) -> None:
     assert pool.claim(new)[1] in (0, 18)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_rows_that_join_and_leave_in_any_order_keep_their_own_numbers(runtime: OrtRuntime, data: st.DataObject) -> None:
     pool = SlotPool(runtime, 3, CONTEXT)
