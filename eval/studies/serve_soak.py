@@ -45,6 +45,9 @@ WORDS = (
     "every morning before work children asked why water falls how birds find their way who built the bridge"
 ).split()
 
+# What an overloaded server may say.
+REFUSALS = ("queue_full", "queue_timeout", "too_many_connections")
+
 # After a kill, so long may streams of the dead worker be found cut, and connections refused.
 _KILL_SHADOW_S = 3.0
 _START_S = 120.0
@@ -231,10 +234,7 @@ class Soak:
     ) -> None:
         if response.status in (429, 503):
             told = await response.json()
-            if int(response.headers.get("Retry-After", "0")) >= 1 and told["error"]["code"] in (
-                "queue_full",
-                "queue_timeout",
-            ):
+            if int(response.headers.get("Retry-After", "0")) >= 1 and told["error"]["code"] in REFUSALS:
                 tally.count("refused")
             else:
                 tally.fault("badly refused", json.dumps(told))

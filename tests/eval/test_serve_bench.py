@@ -391,12 +391,19 @@ def test_wrong_options_cost_one_message(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words", [["--request-rate", "fast"], ["--timeout", "soon"], ["--max-concurrency", "1.5"]])
-def test_what_cannot_be_read_is_bad_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--request-rate", "fast"], "write for example 0.5,2"),
+        (["--timeout", "soon"], "such as 90s, 10m or 1.5h"),
+        (["--max-concurrency", "1.5"], "write for example"),
+    ],
+)
+def test_what_cannot_be_read_is_bad_usage(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["bench", "serve", "--url", URL, *words])
     assert ended.value.code == 2
-    assert "write for example" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
 
 
 def test_without_aiohttp_the_mend_is_named(

@@ -79,7 +79,7 @@ def test_a_body_without_end_is_cut_at_the_limit(serve: Serve) -> None:
     running = serve(max_body_bytes=1000)
     with connect(running) as connection:
         connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
-        for _ in range(20):
+        for _ in range(11):  # no byte more than it reads: closing with some left would reset the connection
             connection.sendall(b"64\r\n" + b"x" * 100 + b"\r\n")
         answer = connection.recv(65536)
     assert answer.startswith(b"HTTP/1.1 413 ")

@@ -33,11 +33,11 @@ def test_an_overloaded_server_keeps_every_answer(served: Path, tmp_path: Path) -
     outcomes = record["overload"]["outcomes"]
     assert set(outcomes) <= {"answered", "refused", "left"}
     assert outcomes["answered"] > 10, outcomes
-    assert set(record["kills"]["outcomes"]) <= {"answered", "cut by a kill", "refused by a kill"}
+    assert set(record["kills"]["outcomes"]) <= {"answered", "refused", "cut by a kill", "refused by a kill"}
     json.dumps(record)
-    events = [json.loads(line)["event"] for line in (tmp_path / "log").read_text().splitlines()]
-    assert events.count("worker died") == 1
-    assert "request failed" not in events
+    log = (tmp_path / "log").read_text()  # a killed worker may leave half a line
+    assert log.count('"event": "worker died"') == 1
+    assert "request failed" not in log
 
 
 def test_one_wrong_answer_is_noticed(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
