@@ -78,12 +78,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     if arguments.worker_fds is not None:
         return _work(arguments.folder, settings, keys, arguments.worker_fds)
     if settings.workers > 1:
-        return _supervise(arguments, settings)
+        return _supervise(arguments.folder, settings, keys)
     from losa_export.runtimes.serve.server import bind, open_service, run
 
     with bind(settings.host, settings.port) as listener:
         service = open_service(arguments.folder, settings)
-        run(service, listener, keys, on_ready=lambda: _announce(listener, settings, service.facts.name))
+        run(service, listener, keys, on_ready=lambda: _announce(listener, settings, service.facts.name, keys))
     return 0
 
 
@@ -104,7 +104,7 @@ def _work(folder: Path, settings: ServeSettings, keys: tuple[str, ...], descript
     return 0
 
 
-def _supervise(arguments: argparse.Namespace, settings: ServeSettings) -> int:
+def _supervise(folder: Path, settings: ServeSettings, keys: tuple[str, ...]) -> int:
     import os
     from dataclasses import replace
 
@@ -115,34 +115,29 @@ def _supervise(arguments: argparse.Namespace, settings: ServeSettings) -> int:
 
     configure_logs()
     if settings.verify:
-        check_files(arguments.folder)
+        check_files(folder)
     environment = {name: text for name, text in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
     # The supervisor has compared the hashes: a worker need not, and comes back faster.
     environment |= replace(settings, verify=False).as_environment()
     with bind(settings.host, settings.port) as listener:
         supervisor = Supervisor(
-            [sys.executable, "-P", "-m", "losa_export", "serve", str(arguments.folder)],
+            [sys.executable, "-P", "-m", "losa_export", "serve", str(folder)],
             settings.workers,
             listener,
             environment,
             drain_seconds=settings.drain_timeout + 10,
         )
-        supervisor.run(lambda: _announce(listener, settings, settings.model_name or arguments.folder.resolve().name))
+        name = settings.model_name or folder.resolve().name
+        supervisor.run(lambda: _announce(listener, settings, name, keys))
     return 0
 
 
-def _announce(listener: socket.socket, settings: ServeSettings, name: str) -> None:
+def _announce(listener: socket.socket, settings: ServeSettings, name: str, keys: tuple[str, ...]) -> None:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"losa: serving {name} at http://{shown}:{port}/v1", flush=True)
-    if settings.host not in ("127.0.0.1", "localhost", "::1") and not (settings.api_key_file or _has_keys()):
+    if settings.host not in ("127.0.0.1", "localhost", "::1") and not keys:
         print("losa: no API key is set, and other machines can reach this address: --api-key-file", file=sys.stderr)
-
-
-def _has_keys() -> bool:
-    import os
-
-    return bool(os.environ.get("LOSA_API_KEYS", "").strip(", \n"))
 
 
 def _check_installed() -> None:

@@ -81,10 +81,6 @@ class SlotPool:
         """Tokens whose keys and values are in use by running requests."""
         return int(self._state.lengths[: self.decoding].sum())
 
-    def length(self, row: int) -> int:
-        """Tokens in a row."""
-        return int(self._state.lengths[row])
-
     def claim(self, prompt: Int64) -> tuple[int, int]:
         """An idle row for a prompt, with as much of it as another prompt already brought.
 
