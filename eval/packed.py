@@ -3,8 +3,8 @@
 The choices of an item share most of their tokens, and items are short. So the tokens of a few items are laid out as a
 tree in which each beginning stands once. The pass reads them as one sequence: each token sees those before it on its
 branch alone (`attention_bias`), stands where it would in a text of its own (`position_ids`), and logits are computed
-only behind tokens whose successors are scored. GroupQueryAttention takes such a mask, though exports leave it out; so
-the graph is changed in memory. Weights and kernels are the file's.
+only behind tokens whose successors are scored. ONNX Runtime's own GroupQueryAttention takes such a mask, though exports
+leave it out; so the graph is changed in memory. Weights and the kernels that multiply them are the file's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PACK_TOKENS = 192
 # Beyond this the mask, of tokens times tokens, is larger than what it saves.
 LONGEST_TREE = 2048
 _FATAL = 4  # log severity, as of the session that the runtime itself has
-_ATTENTION, _WINDOW, _BIAS_INPUT = "GroupQueryAttention", "local_window_size", 10
+_ATTENTION, _CONTRIB, _WINDOW, _BIAS_INPUT = "GroupQueryAttention", "com.microsoft", "local_window_size", 10
 # Added to scores of tokens that are not seen. Not -inf, of which a fused softmax may make NaN.
 _UNSEEN = np.float32(-1e30)
 
@@ -214,14 +214,20 @@ def scoring_graph(path: Path) -> tuple[bytes, int] | None:
     profiles = [entry.value for entry in model.metadata_props if entry.key == "losa.profile"]
     if profiles != ["ort"] or not attention or any(len(node.input) > _BIAS_INPUT for node in attention):
         return None
-    if len(heads) != 1 or any(name not in constants for name in graph.node[heads[0]].input[1:] if name):
+    if len(heads) != 1:
+        return None
+    head = graph.node[heads[0]]
+    # A head that has its norm inside reads what is added before the norm, too.
+    hidden = 2 if head.op_type.startswith("SkipNorm") else 1
+    if any(name not in constants for name in head.input[hidden:] if name):
         return None
     for node in attention:
+        node.domain = _CONTRIB  # ours takes no mask
         node.input.extend([""] * (_BIAS_INPUT - len(node.input)) + ["attention_bias"])
-    head = graph.node[heads[0]]
-    gather = onnx.helper.make_node("Gather", [head.input[0], "scored"], ["scored_hidden"], axis=1)
-    head.input[0] = "scored_hidden"
-    graph.node.insert(heads[0], gather)
+    for place in range(hidden):
+        gathered = f"scored_hidden_{place}"
+        graph.node.insert(heads[0], onnx.helper.make_node("Gather", [head.input[place], "scored"], [gathered], axis=1))
+        head.input[place] = gathered
     kinds, whole = onnx.TensorProto, ["one", "head", "sequence", "total"]
     graph.input.append(onnx.helper.make_tensor_value_info("attention_bias", kinds.FLOAT, whole))
     graph.input.append(onnx.helper.make_tensor_value_info("scored", kinds.INT64, ["places"]))

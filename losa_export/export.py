@@ -57,7 +57,8 @@ class ExportConfig:
         values: type of the linears' values, of the non-zeros where they are sparse.
         head: type of the head and the embedding; 'auto' is that of the values, but int8 for int4.
         group: columns that share a scale, for int8 and int4.
-        activations: to what our kernels round activations before they meet int8 and int4 weights.
+        activations: to what our kernels round activations before they meet int8 and int4 weights of the linears;
+            the head always takes int16.
         calibration: text files; int8 and int4 values are rounded for the least error of outputs on them. None needs
             no text, and no torch.
         calibration_windows: how many windows of it are looked at.
@@ -281,7 +282,7 @@ def _write_model(
 
     plan = plan_sparsity(checkpoint, exporter.source, exporter.linears, config.chosen_weights)
     head = config.chosen_head
-    settings = {"group": config.group, "activation_bits": 16 if config.activations == "int16" else 8}
+    activation_bits = 16 if config.activations == "int16" else 8
     weights, linears = exporter.weight_count, sum(rows * columns for rows, columns in exporter.linears.values())
     task, work = ("building", weights) if text is None else ("rounding", linears)
     with (
@@ -296,8 +297,9 @@ def _write_model(
             exporter.source,
             writer,
             plan,
-            value_format(config.values, **settings),
-            value_format(head, **settings),
+            value_format(config.values, group=config.group, activation_bits=activation_bits),
+            # The head keeps 16 bits: with 8, it alone loses as much as all linears together, for little speed.
+            value_format(head, group=config.group),
             rounding=_rounding(config, text, advance),
         )
         if text is None:

@@ -38,7 +38,8 @@ class StoredTypes:
         values: type of the linears' values.
         head: type of the head and the embedding.
         group: columns that share a scale, None where nothing has scales.
-        activations: what our kernels round activations to, None where they round none.
+        activations: what our kernels round those of the linears to, None where they round none. The head's, which have
+            16 bits, are named where linears have none.
     """
 
     values: str | None = None
@@ -49,8 +50,9 @@ class StoredTypes:
     @classmethod
     def settled(cls, values: str, head: str, group: int, activations: str) -> StoredTypes:
         """As chosen, without what these types do not use."""
-        scaled = not {values, head}.isdisjoint(("int8", "int4"))
-        return cls(values, head, group if scaled else None, activations if scaled else None)
+        scaled = [kind for kind in (values, head) if kind in ("int8", "int4")]
+        rounded = (activations if values in scaled else "int16") if scaled else None
+        return cls(values, head, group if scaled else None, rounded)
 
     @property
     def rounds(self) -> bool:

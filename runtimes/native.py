@@ -27,6 +27,7 @@ LAYOUT_N16 = 1
 BLOCK_ROWS = 16
 VALUE_PADDING = 64  # bytes
 _LARGEST_SIDE = 1 << 30  # of a weight, as in validate.cpp
+_EVERY_TOKEN = (1 << 63) - 1
 
 _FORMAT_ERROR, _KERNEL_ERROR, _OUT_OF_MEMORY = 1, 2, 3  # as in c_api.cpp
 _ERROR_BYTES = 512
@@ -212,6 +213,103 @@ def skip_norm(
     return normed, sums
 
 
+def attention(
+    query: NDArray[np.float32],
+    key: NDArray[np.float32],
+    value: NDArray[np.float32],
+    past: tuple[NDArray[np.float32], NDArray[np.float32]],
+    last: NDArray[np.int32],
+    *,
+    total: int,
+    rotary: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+    positions: NDArray[np.int64] | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    row: str | None = None,
+    threads: int = 1,
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """Grouped-query attention of new tokens over a cache, by a native kernel (attention.h).
+
+    Row b gets the places last[b] + 1 - S to last[b]; if S = total, places 0 to S - 1, and it has no past.
+
+    Args:
+        query: float32 (B, S, heads, D).
+        key: float32 (B, S, kv_heads, D); kv_heads divides heads.
+        value: of key's shape.
+        past: keys and values, float32 (B, kv_heads, P, D) each.
+        last: int32 (B,), the place of each row's last token.
+        total: tokens of the longest row, new ones included; the present has room for max(P, total).
+        rotary: cosines and sines, float32 (rows, R) each with 2R ≤ D; None rotates nothing.
+        positions: int64 (B, S), rows of `rotary` for tokens behind a past; None takes their places.
+        scale: of products of query and key; None is D^-1/2.
+        window: keys that a token sees at most, its own included; None is all.
+        row: kernel row; None means LOSA_KERNEL, or the best that this CPU runs.
+        threads: made for this call; the result does not depend on their number.
+    Returns: output (B, S, heads, D), present keys and values (B, kv_heads, max(P, total), D); of which only places up
+        to a row's last are defined.
+    Raises: FormatError for arrays that do not fit each other; KernelError for an unknown or unavailable row;
+        ConfigError for threads < 1.
+    """
+    if threads < 1:
+        raise ConfigError(f"threads is {threads}, it must be at least 1", threads=threads)
+    batch, tokens, heads, width = query.shape
+    shapes = {"query": query.shape, "key": key.shape, "past keys": past[0].shape, "last": last.shape}
+    kv_heads, capacity = past[0].shape[1:3]
+    if (
+        past[0].shape != (batch, kv_heads, capacity, width)
+        or past[1].shape != past[0].shape
+        or key.shape != (batch, tokens, kv_heads, width)
+        or value.shape != key.shape
+        or last.shape != (batch,)
+        or (positions is not None and positions.shape != (batch, tokens))
+        or (rotary is not None and (rotary[0].ndim != 2 or rotary[0].shape != rotary[1].shape))
+    ):
+        raise FormatError(f"arrays of attention do not fit each other: {shapes}")
+    present = np.empty((2, batch, kv_heads, max(capacity, total), width), np.float32)
+    output = np.empty_like(query, order="C")
+    cosines, sines = rotary or (None, None)
+    # Named, so that copies outlive the call.
+    arrays = {
+        name: None if array is None else np.require(array, dtype, ["C", "A"])
+        for name, array, dtype in (
+            ("query", query, np.float32),
+            ("key", key, np.float32),
+            ("value", value, np.float32),
+            ("past_key", past[0], np.float32),
+            ("past_value", past[1], np.float32),
+            ("last", last, np.int32),
+            ("cosines", cosines, np.float32),
+            ("sines", sines, np.float32),
+            ("positions", positions, np.int64),
+        )
+    }
+    call = _Attention(
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=width,
+        past_capacity=capacity,
+        capacity=max(capacity, total),
+        window=_EVERY_TOKEN if window is None else window,
+        scale=width**-0.5 if scale is None else scale,
+        first_prompt=tokens == total,
+        query_stride=heads * width,
+        key_stride=kv_heads * width,
+        present_key=present[0].ctypes.data,
+        present_value=present[1].ctypes.data,
+        output=output.ctypes.data,
+        rotary_rows=0 if cosines is None else cosines.shape[0],
+        rotary_half=0 if cosines is None else cosines.shape[1],
+        **{name: None if array is None else array.ctypes.data for name, array in arrays.items()},
+    )
+    error = ctypes.create_string_buffer(_ERROR_BYTES)
+    chosen = None if row is None else row.encode()
+    library = _load(library_path())
+    _raise_for(library.losa_attention(chosen, ctypes.byref(call), threads, error, _ERROR_BYTES), error)
+    return output, present[0], present[1]
+
+
 def embedding(ids: NDArray[np.int64], weight: Weight) -> NDArray[np.float32]:
     """Rows of a dense weight by number.
 
@@ -299,6 +397,27 @@ class _WeightParts(ctypes.Structure):
     )
 
 
+class _Attention(ctypes.Structure):
+    """As in attention.h."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "tokens", "heads", "kv_heads", "head_dim", "past_capacity", "capacity", "window")
+        ),
+        ("scale", ctypes.c_float),
+        ("first_prompt", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value")),
+        *((name, ctypes.c_int64) for name in ("query_stride", "key_stride")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("past_key", "past_value", "present_key", "present_value", "last", "cosines", "sines")
+        ),
+        *((name, ctypes.c_int64) for name in ("rotary_rows", "rotary_half")),
+        *((name, ctypes.c_void_p) for name in ("positions", "output")),
+    )
+
+
 _VALUE_DTYPES: Mapping[ValueType, type[np.generic]] = {
     "fp32": np.float32,
     "bf16": np.uint16,
@@ -369,6 +488,7 @@ def _load(path: Path) -> ctypes.CDLL:
     library.losa_validate.argtypes = [parts, *text]
     data: list[Any] = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     library.losa_matmul.argtypes = [ctypes.c_char_p, parts, *data, ctypes.c_size_t, *text]
+    library.losa_attention.argtypes = [ctypes.c_char_p, ctypes.POINTER(_Attention), ctypes.c_size_t, *text]
     library.losa_embedding.argtypes = [parts, *data, *text]
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.losa_skip_norm.argtypes = [pointer, size, size, pointer, pointer, ctypes.c_float, pointer, pointer]

@@ -56,7 +56,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         "--activations",
         choices=("int16", "int8"),
         default="int16",
-        help="what activations are rounded to before int8 and int4 weights (default: %(default)s)",
+        help="what activations are rounded to before int8 and int4 weights, but the head's (default: %(default)s)",
     )
     parser.add_argument(
         "--calibration",

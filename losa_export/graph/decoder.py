@@ -9,6 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from losa_export.architecture import DecoderSpec, linear_has_bias, rotary_caches
+from losa_export.graph.attention import take_attention
 from losa_export.graph.formats import DOMAIN, DOMAIN_VERSION
 from losa_export.graph.functions import own_functions
 from losa_export.graph.nodes import NodeList
@@ -76,6 +77,7 @@ class DecoderBuilder:
             name=self._spec.model_type,
         )
         fuse_skip_norms(graph)
+        take_attention(graph)
         functions = own_functions(graph, OPSET)
         if functions:
             graph.opset_imports[DOMAIN] = DOMAIN_VERSION

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_export.errors import FormatError
+from losa_export.graph.attention import ATTENTION_OP
 from losa_export.graph.external import ModelFolder
 from losa_export.graph.formats import DOMAIN, EncodedWeight, ValueFormat, format_of
 from losa_export.graph.formats.base import BLOCK_ROWS, unpack_mask
@@ -74,12 +75,12 @@ class StoredNode:
 
 
 def stored_nodes(model: ModelFolder) -> Iterator[StoredNode]:
-    """Every node of our domain, in order.
+    """Every node of our domain that holds weights, in order.
 
     Raises: FormatError if one is of no known format, or does not name its weights.
     """
     for node in model.proto.graph.node:
-        if node.domain != DOMAIN:
+        if node.domain != DOMAIN or node.op_type == ATTENTION_OP:
             continue
         value_format = format_of(node.op_type)
         names = value_format.tensor_names(node.op_type) if value_format else ()

@@ -111,6 +111,17 @@ def test_other_models_score_alike_too(tmp_path: Path, changes: dict[str, Any]) -
     assert likelihoods(found) == pytest.approx(likelihoods(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["ort", "ort-stock"])
+def test_a_model_with_operators_of_our_own_is_packed_too(tiny_checkpoint: Path, tmp_path: Path, name: Any) -> None:
+    export_onnx(ExportConfig(tiny_checkpoint, tmp_path / "onnx", values="int8", gate=False, progress=False))
+    with closing(load_runtime(name, tmp_path / "onnx", threads=1)) as runtime:
+        chosen = open_scorer(runtime, tmp_path / "onnx")
+        assert chosen.method == "packed"
+        found, expected = chosen.score(ITEMS), ItemByItem(runtime).score(ITEMS)
+    # activations of 16 bits, rounded anew where float32 sums differ in their last bits
+    assert likelihoods(found) == pytest.approx(likelihoods(expected), rel=1e-4)
+
+
 def test_an_item_that_fits_no_pass_is_scored_by_the_runtime(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(1)
     shared = generator.integers(4, 40, 200).tolist()

@@ -32,6 +32,7 @@ void check_products(const Rows& rows, bool quick, int64_t part, int64_t parts);
 void check_rounding(const Rows& rows);
 void check_gathering();
 void check_norms(const Rows& rows);
+void check_attention(const Rows& rows);
 
 /// Each part of each kind of weight, cut to every length.
 void check_sizes();

@@ -20,7 +20,7 @@ NATIVE = ROOT / "runtimes" / "native"
 TESTS = ROOT / "tests" / "native"
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{NATIVE / 'include'}"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-SOURCES = [NATIVE / "src" / f"{name}.cpp" for name in ("dispatch", "matmul", "norm", "scalar", "validate")]
+SOURCES = [NATIVE / "src" / f"{name}.cpp" for name in ("attention", "dispatch", "matmul", "norm", "scalar", "validate")]
 X86_FLAGS = {  # of the files whose names start so: as in CMakeLists.txt, but AVX-512 is emulated
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi", "-mbmi2", "-fno-trapping-math"],
     "avx512": [f"-I{TESTS / 'emulated'}", "-O0"],  # optimised, its loops would take minutes to compile

@@ -49,6 +49,7 @@ constexpr ExpandPairsTable kExpandPairs;
 #include "losa/loops/decode.h"
 #include "losa/loops/prefill.h"
 #include "losa/loops/gate.h"
+#include "losa/loops/attend.h"
 #include "losa/loops/avx2_transpose.h"
 
 struct Avx2 {
@@ -221,6 +222,7 @@ const KernelRow kAvx2Row = {
     {avx2_int4_decode, avx2_int4_prefill, avx2_pack, kIntegerPrefillTokens},
     avx2_round,
     gate,
+    Attend<Avx2>::run,
 };
 
 }  // namespace losa

@@ -10,6 +10,7 @@ namespace {
 #include "losa/loops/expand.h"
 #include "losa/loops/prefill.h"
 #include "losa/loops/gate.h"
+#include "losa/loops/attend.h"
 #include "losa/loops/avx512_instructions.h"
 #include "losa/loops/avx512_lanes.h"
 #include "losa/loops/avx512_prefill.h"
@@ -34,6 +35,7 @@ constexpr KernelRow kAvx512Row = {
     {},  // int4
     nullptr,  // round
     gate,
+    Attend<Floats>::run,
 };
 
 }  // namespace losa

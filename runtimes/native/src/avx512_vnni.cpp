@@ -64,6 +64,7 @@ constexpr KernelRow kAvx512VnniRow = {
     {vnni_int4_decode, vnni_int4_prefill, pack_integers, kMaxDecodeTokens + 1},
     round_tokens,
     nullptr,  // gate
+    nullptr,  // attend
 };
 
 }  // namespace losa

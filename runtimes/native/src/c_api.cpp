@@ -5,8 +5,9 @@
 #include <thread>
 #include <vector>
 
-#include "losa/export.h"
+#include "losa/attention.h"
 #include "losa/bandwidth.h"
+#include "losa/export.h"
 #include "losa/matmul.h"
 #include "losa/validate.h"
 
@@ -110,6 +111,23 @@ LOSA_EXPORT int losa_matmul(const char* row, const losa::WeightParts* parts, con
 LOSA_EXPORT void losa_skip_norm(const float* x, int64_t tokens, int64_t columns, const float* skip,
                                 const float* gamma, float epsilon, float* sums, float* normed) {
   losa::skip_norm(x, tokens, columns, {skip, gamma, epsilon, sums}, normed);
+}
+
+/// As attend() says; `row` as in losa_matmul. Arrays must have the sizes that `attention` names.
+LOSA_EXPORT int losa_attention(const char* row, const losa::Attention* attention, size_t threads, char* error,
+                               size_t error_capacity) {
+  try {
+    std::string message;
+    const losa::KernelRow* chosen =
+        row != nullptr ? losa::select_row(row, &message) : losa::select_row_from_environment(&message);
+    if (chosen == nullptr) return report(kKernelError, message, error, error_capacity);
+    if (!losa::check(*attention, &message)) return report(kFormatError, message, error, error_capacity);
+    if (!losa::attend(*chosen, *attention, {run_on_threads, &threads}))
+      return report(kOutOfMemory, "out of memory for scores", error, error_capacity);
+    return kOk;
+  } catch (const std::exception& caught) {
+    return report(kOutOfMemory, caught.what(), error, error_capacity);
+  }
 }
 
 /// y (count, columns) as gather_rows() says; the weight must be dense.

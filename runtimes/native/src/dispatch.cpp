@@ -38,6 +38,7 @@ struct CompleteRows {
         if (rows[i].int4.decode == nullptr) rows[i].int4 = behind.int4;
         if (rows[i].round == nullptr) rows[i].round = behind.round;
         if (rows[i].gate == nullptr) rows[i].gate = behind.gate;
+        if (rows[i].attend == nullptr) rows[i].attend = behind.attend;
       }
     }
   }

@@ -1,8 +1,7 @@
 #include "losa/matmul.h"
 
-#include <cstdlib>
-
 #include "losa/numbers.h"
+#include "losa/scratch.h"
 #include "losa/token_tiles.h"
 
 namespace losa {
@@ -15,25 +14,6 @@ constexpr int64_t kMaxTasks = 64;
 constexpr int64_t kFewBlocks = 8;
 constexpr int64_t kPrefillTasks = 16;
 constexpr int64_t kPrefillMaxBlocks = 8;
-
-/// Memory of the calling thread that grows to the largest product seen, freed with the thread.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  void* reserve(int64_t bytes) {
-    const size_t wanted = (static_cast<size_t>(bytes) + 63) / 64 * 64;
-    if (wanted > capacity_) {
-      std::free(data_);
-      data_ = std::aligned_alloc(64, wanted);
-      capacity_ = data_ == nullptr ? 0 : wanted;
-    }
-    return data_;
-  }
-
- private:
-  void* data_ = nullptr;
-  size_t capacity_ = 0;
-};
 
 thread_local Scratch normed_scratch, rounded_scratch, packed_scratch;
 
@@ -142,13 +122,6 @@ void product_task(void* argument, size_t index) {
     job.product(job.w, job.blocks(index), job.y);
 }
 
-void run(const Parallel& parallel, size_t count, void (*task)(void*, size_t), Job* job) {
-  if (count == 1)
-    task(job, 0);
-  else
-    parallel.run(parallel.context, count, task, job);
-}
-
 int64_t clamp(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : value > high ? high : value;
 }
@@ -183,13 +156,13 @@ bool multiply(const KernelRow& row, const Weight& w, const float* x, int64_t tok
     if (!job.reserve()) return false;
     if (job.prefill) {
       job.blocks_per_task = clamp(w.blocks() / kPrefillTasks, 1, kPrefillMaxBlocks);
-      run(parallel, static_cast<size_t>(token_tile_count(count)), pack_task, &job);
+      parallel.each(static_cast<size_t>(token_tile_count(count)), pack_task, &job);
     } else {
       job.blocks_per_task = decode_blocks_per_task(w, count);
       job.prepare(0, count);
     }
     if (w.gated()) job.blocks_per_task += job.blocks_per_task % 2;  // a task has whole pairs
-    run(parallel, job.tasks(), product_task, &job);
+    parallel.each(job.tasks(), product_task, &job);
   }
   return true;
 }

@@ -48,6 +48,7 @@ struct MaskOf<Neon> {
 #include "losa/loops/decode.h"
 #include "losa/loops/prefill.h"
 #include "losa/loops/gate.h"
+#include "losa/loops/attend.h"
 
 /// Eight lanes in two registers: there are twice as many of them as AVX2 has, so that the same loops fit.
 struct Neon {
@@ -231,6 +232,7 @@ const KernelRow kNeonRow = {
     {neon_int4_decode, neon_int4_prefill, neon_pack, kIntegerPrefillMinTokens},
     round_tokens,
     gate,
+    Attend<Neon>::run,
 };
 
 }  // namespace losa

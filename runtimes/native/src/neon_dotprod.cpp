@@ -106,6 +106,7 @@ const KernelRow kNeonDotprodRow = {
     {decode_bytes<SumsOfWords, SparseInt4, DenseInt4>, prefill<SparseInt4, DenseInt4>, pack, kPrefillMinTokens},
     nullptr,  // round
     nullptr,  // gate
+    nullptr,  // attend
 };
 
 }  // namespace losa

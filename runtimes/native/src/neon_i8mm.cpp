@@ -204,6 +204,7 @@ const KernelRow kNeonI8mmRow = {
     {decode_bytes<SumsOfWords, SparseInt4, DenseInt4>, prefill<SparseInt4, DenseInt4>, pack, kPrefillMinTokens},
     nullptr,  // round
     nullptr,  // gate
+    nullptr,  // attend
 };
 
 }  // namespace losa

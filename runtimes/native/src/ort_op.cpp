@@ -4,12 +4,9 @@
 //   DenseMatMul    Y = X W^T with W rounded but not pruned, for the head
 //   Embedding      rows of such a W by number, for the table that a head may share
 //   SkipNorm...    the first three on the RMS norm of X + skip (norm.h); the sum is a second result
-//
-// No exception leaves this file: each entry returns an OrtStatus. Messages that a caller should map to a
-// typed error start with "losa.FormatError: " or "losa.KernelError: ".
+// Beside them ort_attention.cpp has GroupQueryAttention.
 #include <cmath>
 #include <cstring>
-#include <exception>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -17,7 +14,7 @@
 
 #include "losa/export.h"
 #include "losa/matmul.h"
-#include "losa/ort_abi.h"
+#include "losa/ort_tools.h"
 #include "losa/validate.h"
 
 namespace losa {
@@ -60,34 +57,6 @@ struct Kernel {
   std::string where;  // operator and node, for messages
 };
 
-Status* format_error(const Calls& calls, const std::string& where, const std::string& message) {
-  return calls.create_status(ort::kInvalidArgument, ("losa.FormatError: " + where + ": " + message).c_str());
-}
-
-std::string node_name(const Calls& calls, const ort::KernelInfo* info) {
-  size_t size = 0;
-  Status* status = calls.node_name(info, nullptr, &size);
-  std::string name(size, '\0');
-  if (status == nullptr && size != 0) status = calls.node_name(info, &name[0], &size);
-  if (status != nullptr) calls.release(status);
-  return name.c_str();  // without the final zero
-}
-
-/// Shape and element type of a tensor; frees what ONNX Runtime hands out on the way.
-Status* describe_tensor(const Calls& calls, const ort::Value* value, std::vector<int64_t>* dims, int* type) {
-  ort::TensorInfo* info = nullptr;
-  if (Status* status = calls.tensor_info(value, &info)) return status;
-  size_t rank = 0;
-  Status* status = calls.element_type(info, type);
-  if (status == nullptr) status = calls.rank(info, &rank);
-  if (status == nullptr) {
-    dims->resize(rank);
-    status = calls.dims(info, dims->data(), rank);
-  }
-  calls.release(info);
-  return status;
-}
-
 /// A constant input's bytes; its shape must have the right product, not a certain rank.
 Status* constant(const Calls& calls, const ort::KernelInfo* info, const std::string& where, const Op& op,
                  size_t index, Bytes* bytes) {
@@ -110,30 +79,6 @@ Status* constant(const Calls& calls, const ort::KernelInfo* info, const std::str
   if (Status* status = calls.data(value, &pointer)) return status;
   bytes->data = pointer;
   return nullptr;
-}
-
-Status* attribute(const Calls& calls, const ort::KernelInfo* info, const std::string& where, const char* name,
-                  int64_t* value) {
-  Status* status = calls.attribute(info, name, value);
-  if (status == nullptr) return nullptr;
-  calls.release(status);
-  return format_error(calls, where, std::string("attribute '") + name + "' is missing, or not one integer");
-}
-
-/// An attribute that may be left out: `value` then keeps what it holds. One of another type is refused.
-Status* optional_attribute(const Calls& calls, const ort::KernelInfo* info, const std::string& where,
-                           const char* name, int64_t* value) {
-  int64_t found = 0;
-  Status* status = calls.attribute(info, name, &found);
-  if (status == nullptr) {
-    *value = found;
-    return nullptr;
-  }
-  // ONNX Runtime has no other way to ask; a text that it may change one day makes us refuse, not guess.
-  const bool missing = std::string(calls.message(status)).find("No attribute with name") != std::string::npos;
-  calls.release(status);
-  return missing ? nullptr
-                 : format_error(calls, where, std::string("attribute '") + name + "' is not one integer");
 }
 
 /// The norm's gamma, copied to where it is aligned, and its epsilon.
@@ -191,20 +136,6 @@ Status* create(const Op& op, const Calls& calls, const ort::KernelInfo* info, vo
   return nullptr;
 }
 
-struct SessionThreads {
-  const Calls& calls;
-  ort::KernelContext* context;
-  Status* status;
-
-  static void run(void* self_pointer, size_t count, void (*task)(void*, size_t), void* argument) {
-    SessionThreads& self = *static_cast<SessionThreads*>(self_pointer);
-    // As many batches as tasks: a thread that is done takes the next one, so that one which wakes late or is
-    // interrupted holds up a task, not a fixed share of them.
-    if (self.status == nullptr)
-      self.status = self.calls.parallel_for(self.context, task, count, count, argument);
-  }
-};
-
 /// What the call adds to X and where the sums go; `dims` are those of X.
 Status* open_norm(const Kernel& kernel, ort::KernelContext* context, const std::vector<int64_t>& dims,
                   SkipNorm* norm) {
@@ -261,26 +192,13 @@ Status* compute(const Kernel& kernel, ort::KernelContext* context) {
                                                        " is not in [0, " + std::to_string(weight.rows) + ")")
                                                           .c_str());
   }
-  SessionThreads threads{calls, context, nullptr};
+  ort::SessionThreads threads{calls, context, nullptr};
   const bool enough_memory = multiply(*kernel.row, weight, static_cast<const float*>(x), tokens,
-                                      static_cast<float*>(y), {SessionThreads::run, &threads}, norm);
+                                      static_cast<float*>(y), {ort::SessionThreads::run, &threads}, norm);
   if (threads.status != nullptr) return threads.status;
   if (!enough_memory)
     return calls.create_status(ort::kFail, (kernel.where + ": out of memory for activations").c_str());
   return nullptr;
-}
-
-Status* set_output(const Calls& calls, ort::ShapeInferContext* context, size_t index,
-                   const std::vector<int64_t>& dims, const std::vector<const char*>& names) {
-  ort::TensorInfo* output = nullptr;
-  if (Status* status = calls.create_tensor_info(&output)) return status;
-  Status* status = calls.set_element_type(output, ort::kFloat);
-  if (status == nullptr) status = calls.set_dims(output, dims.data(), dims.size());
-  if (status == nullptr)
-    status = calls.set_dim_names(output, const_cast<const char**>(names.data()), names.size());
-  if (status == nullptr) status = calls.set_output_info(context, index, output);
-  calls.release(output);
-  return status;
 }
 
 /// Y has the shape of X with N as its last dimension (of ids with K behind), which lets ONNX Runtime plan memory; the
@@ -313,16 +231,6 @@ Status* infer_shape(const Op& op, const Calls& calls, ort::ShapeInferContext* co
   dims.back() = rows;
   names.back() = "";
   return set_output(calls, context, 0, dims, names);
-}
-
-/// Runs `body`, turning what it throws (only memory can run out) into a status.
-template <class Body>
-Status* guarded(const Calls& calls, Body body) noexcept {
-  try {
-    return body();
-  } catch (const std::exception& error) {
-    return calls.create_status(ort::kFail, error.what());
-  }
 }
 
 std::vector<Input> inputs_of(Kind kind, bool normed, ValueType type) {
@@ -379,17 +287,17 @@ Op make_op(const ort::Api* api, const char* name, Kind kind, bool normed, ValueT
   op.CreateKernelV2 = [](const CustomOp* self, const ort::Api* api, const ort::KernelInfo* info,
                          void** kernel) {
     const Calls calls(api);
-    return guarded(calls, [&] { return create(*static_cast<const Op*>(self), calls, info, kernel); });
+    return ort::guarded(calls, [&] { return create(*static_cast<const Op*>(self), calls, info, kernel); });
   };
   op.KernelComputeV2 = [](void* kernel_pointer, ort::KernelContext* context) {
     const Kernel& kernel = *static_cast<const Kernel*>(kernel_pointer);
-    return guarded(kernel.calls, [&] { return compute(kernel, context); });
+    return ort::guarded(kernel.calls, [&] { return compute(kernel, context); });
   };
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.InferOutputShapeFn = [](const CustomOp* self, ort::ShapeInferContext* context) {
     const Op& op = *static_cast<const Op*>(self);
     const Calls calls(op.api);
-    return guarded(calls, [&] { return infer_shape(op, calls, context); });
+    return ort::guarded(calls, [&] { return infer_shape(op, calls, context); });
   };
   return op;
 }
@@ -425,6 +333,10 @@ Status* shared_domain(const ort::Api* api, ort::CustomOpDomain** domain) {
         return status;
       }
     }
+    if (Status* status = calls.add_op(fresh, ort::attention_op(api))) {
+      calls.release(fresh);
+      return status;
+    }
     made = fresh;
   }
   *domain = made;
@@ -442,7 +354,7 @@ extern "C" LOSA_EXPORT losa::ort::Status* RegisterCustomOps(losa::ort::SessionOp
   // the session that meets the operator uses its function body instead.
   if (api == nullptr) return nullptr;
   const losa::ort::Calls calls(api);
-  return losa::guarded(calls, [&]() -> losa::ort::Status* {
+  return losa::ort::guarded(calls, [&]() -> losa::ort::Status* {
     losa::ort::CustomOpDomain* domain = nullptr;
     if (losa::ort::Status* status = losa::shared_domain(api, &domain)) return status;
     return calls.add_domain(options, domain);

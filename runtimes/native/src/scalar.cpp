@@ -130,11 +130,37 @@ void gate(const float* z, int64_t tokens, int64_t outputs, float* y, int64_t str
   }
 }
 
+void attend(const HeadQueries& q) {
+  for (int64_t query = 0; query < q.tokens * q.heads; ++query) {
+    const int64_t start = q.start(query / q.heads), end = q.end(query / q.heads);
+    const float* x = q.queries + query * q.head_dim;
+    float* weights = q.scores;
+    float largest = -INFINITY, sum = 0;
+    for (int64_t j = start; j < end; ++j) {
+      float score = 0;
+      for (int64_t d = 0; d < q.head_dim; ++d) score += x[d] * q.keys[j * q.head_dim + d];
+      weights[j] = score;
+      largest = std::fmax(largest, score);
+    }
+    for (int64_t j = start; j < end; ++j) {
+      weights[j] = std::exp(weights[j] - largest);
+      sum += weights[j];
+    }
+    float* y = q.output_of(query);
+    for (int64_t d = 0; d < q.head_dim; ++d) {
+      float total = 0;
+      for (int64_t j = start; j < end; ++j) total += weights[j] * q.values[j * q.head_dim + d];
+      y[d] = total / sum;
+    }
+  }
+}
+
 constexpr FloatKernels kFloat = {float_decode, nullptr, nullptr, 0};
 constexpr IntegerKernels kInteger = {integer_decode, nullptr, nullptr, 0};
 
 }  // namespace
 
-const KernelRow kScalarRow = {"scalar", always, kFloat, kFloat, kInteger, kInteger, round_tokens, gate};
+const KernelRow kScalarRow = {"scalar", always, kFloat, kFloat, kInteger, kInteger, round_tokens, gate,
+                              attend};
 
 }  // namespace losa

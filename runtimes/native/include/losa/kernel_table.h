@@ -4,6 +4,7 @@
 #include <string>
 
 #include "losa/activations.h"
+#include "losa/head_queries.h"
 #include "losa/weight.h"
 
 namespace losa {
@@ -46,6 +47,8 @@ struct KernelRow {
   /// 16 i + r < outputs, where silu(z) = z / (1 + e^-z). z is dense, of whole pairs of blocks; y's tokens lie
   /// `stride` apart.
   void (*gate)(const float* z, int64_t tokens, int64_t outputs, float* y, int64_t stride);
+  /// Attention to one head of keys (attention.h).
+  void (*attend)(const HeadQueries& queries);
 
   LOSA_INLINE const FloatKernels& floats(ValueType type) const { return type == ValueType::kBf16 ? bf16 : fp32; }
   LOSA_INLINE const IntegerKernels& integers(ValueType type) const {

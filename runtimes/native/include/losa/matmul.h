@@ -2,14 +2,9 @@
 #pragma once
 #include "losa/kernel_table.h"
 #include "losa/norm.h"
+#include "losa/parallel.h"
 
 namespace losa {
-
-/// Runs task(argument, 0 .. count-1), in any order, possibly at once, and returns when all are done.
-struct Parallel {
-  void (*run)(void* context, size_t count, void (*task)(void* argument, size_t index), void* argument);
-  void* context;
-};
 
 /// y (tokens, outputs) = x (tokens, columns) W^T with the kernels of `row`; for a gated weight y is
 /// silu(x Wgate^T) times x Wup^T, element by element. With a norm (one that has a gamma) its result is

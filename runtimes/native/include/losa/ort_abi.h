@@ -32,8 +32,8 @@ struct ApiBase {
 };
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kInvalidGraph = 10 };
-enum ElementType : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt64 = 7, kFloat16 = 10, kBfloat16 = 16 };
-enum InputOutputCharacteristic : int { kRequired = 0 };
+enum ElementType : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBfloat16 = 16 };
+enum InputOutputCharacteristic : int { kRequired = 0, kOptional = 1 };
 enum AttributeType : int { kInt = 1 };
 
 /// OrtCustomOp as of version 17.
@@ -101,7 +101,10 @@ class Calls {
     return call<249, Status*>(info, index, is_constant, value);
   }
 
-  /// `value` belongs to the running call.
+  Status* input_count(const KernelContext* context, size_t* count) const {
+    return call<88, Status*>(context, count);
+  }
+  /// `value` belongs to the running call, and is null for an input that is left out.
   Status* input(const KernelContext* context, size_t index, const Value** value) const {
     return call<90, Status*>(context, index, value);
   }

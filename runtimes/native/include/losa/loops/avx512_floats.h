@@ -1,17 +1,18 @@
 // Floats in 16 lanes: fp32 weights, and bf16 ones made floats.
 
-/// As expand.h, prefill.h's FloatSource and avx512_products.h want them.
+/// As expand.h, prefill.h's FloatSource, attend.h and avx512_products.h want them.
 struct Floats {
   static constexpr int kLanes = kVectorLanes;
   using Element = float;
   using Vector = __m512;
   using Sums = __m512;
 
-  template <int Lanes>
+  template <int Lanes = kVectorLanes>
   static Vector load(const float* p) { return load_floats<Lanes>(p); }
   static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
   static Vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static Sums multiply_add(Vector weight, Vector x, Sums sums) { return _mm512_fmadd_ps(weight, x, sums); }
+  static Vector zero() { return _mm512_setzero_ps(); }
   static Sums no_sums() { return _mm512_setzero_ps(); }
   static Sums add(Sums a, Sums b) { return _mm512_add_ps(a, b); }
   static Vector expand(const float* values, unsigned bits) {

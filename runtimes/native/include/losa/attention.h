@@ -1,0 +1,55 @@
+// Grouped-query attention of new tokens over a cache of keys and values, which they join: what ONNX Runtime's
+// com.microsoft.GroupQueryAttention computes, for float32. Sources: Vaswani et al. 2017, "Attention Is All You Need",
+// arXiv:1706.03762; Ainslie et al. 2023, "GQA", arXiv:2305.13245; Su et al. 2021, "RoFormer", arXiv:2104.09864.
+//
+// Token t of a row, at place p = past + t, sees the keys of places max(0, p + 1 - window) to p. For each of its heads q,
+// with the head of keys k and values v that it shares with its neighbours,
+//
+//   s[j] = scale * (q . k[j])        y = sum of e^s[j] v[j] / sum of e^s[j]
+//
+// A token's result does not depend on what it shares a call with, to the bit: neither on other rows, nor on how many
+// tokens its row gets at once, nor on threads.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "losa/kernel_table.h"
+#include "losa/parallel.h"
+
+namespace losa {
+
+/// Arrays are dense where no stride is named. The heads of a token lie together.
+struct Attention {
+  int64_t batch, tokens;                  // rows, and new tokens of each
+  int64_t heads, kv_heads, head_dim;      // kv_heads divides heads
+  int64_t past_capacity, capacity;        // tokens that a row of the past, and of the present, has room for
+  int64_t window;                         // tokens that one sees at most, itself included
+  float scale;
+  int32_t first_prompt;                   // not 0: no row has a past, and places count from 0
+  const float* query;                     // [batch, tokens, heads, head_dim]
+  const float* key;                       // [batch, tokens, kv_heads, head_dim]
+  const float* value;                     // as key
+  int64_t query_stride, key_stride;       // floats from a token to the next
+  const float* past_key;                  // [batch, kv_heads, past_capacity, head_dim]
+  const float* past_value;
+  float* present_key;                     // [batch, kv_heads, capacity, head_dim]; may be the past itself
+  float* present_value;
+  const int32_t* last;                    // [batch]: place of each row's last token
+  const float* cosines;                   // [rotary_rows, rotary_half]; null: nothing is rotated
+  const float* sines;
+  int64_t rotary_rows, rotary_half;
+  const int64_t* positions;               // [batch, tokens]: rows of cosines; null: the places
+  float* output;                          // [batch, tokens, heads, head_dim]
+
+  /// Tokens that row `row` has before the new ones.
+  int64_t past(int64_t row) const { return first_prompt ? 0 : static_cast<int64_t>(last[row]) + 1 - tokens; }
+};
+
+/// What `attend` relies on, but for the sizes of arrays. False: `error` says what is wrong.
+bool check(const Attention& attention, std::string* error);
+
+/// Writes keys and values of the new tokens into the present, and their output. Where the present is not the past's own
+/// memory, the past is copied first. Returns false if memory ran out; results are then unspecified.
+bool attend(const KernelRow& row, const Attention& attention, const Parallel& parallel) noexcept;
+
+}  // namespace losa
