@@ -54,7 +54,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Started:
-    """A prompt's first piece is about to be read. `cached` of its tokens were there already."""
+    """A prompt is about to be read. `cached` of its tokens were there already."""
 
     cached: int
 
@@ -155,7 +155,7 @@ class Engine:
         self._reading: _Reading | None = None
         self._pause = 0  # steps until the next prompt may begin
         self._decoding: list[Job] = []  # in the order of the pool's rows
-        self._last: list[int] = []  # the newest token of each, not yet in the cache
+        self._last: list[int] = []  # the newest token of each, at first its prompt's last, not yet in the cache
         self._events: list[tuple[Job, Event]] = []
         self._closing = self._draining = False
         self._thread: threading.Thread | None = None
@@ -253,7 +253,6 @@ class Engine:
         try:
             self._drop()
             self._read_piece()
-            self._flush()  # a first token need not wait for the others' next one
             self._decode_step()
         except LosaError as error:
             self._fail_all("engine", str(error))
@@ -300,46 +299,45 @@ class Engine:
                 job = self._waiting[0]
                 row, cached = self._pool.claim(job.prompt)
                 self._waiting.popleft()
-                self._reading = _Reading(job, row, deque(pieces(cached, job.prompt.size, self._chunk)))
+                self._reading = _Reading(job, row, deque(pieces(cached, job.prompt.size - 1, self._chunk)))
             self._tell(job, Started(cached))
         reading = self._reading
-        start, stop = reading.left.popleft()
-        logits = self._pool.read(reading.row, reading.job.prompt[start:stop], last=not reading.left)
-        if logits is None:
+        if reading.left:
+            start, stop = reading.left.popleft()
+            self._pool.read(reading.row, reading.job.prompt[start:stop])
+        if reading.left:
             return
+        # The prompt's last token is decoded with the others' newest ones, which costs less than a pass of its own.
         self._reading, self._pause = None, STEPS_BETWEEN_PROMPTS
-        token = self._choose(reading.job, logits)
-        if token is None:
-            self._pool.release(reading.row)
-            return
         self._pool.join(reading.row)
         self._decoding.append(reading.job)
-        self._last.append(token)
+        self._last.append(int(reading.job.prompt[-1]))
 
     def _decode_step(self) -> None:
         if not self._decoding:
             return
         logits = self._pool.decode(np.array(self._last, dtype=np.int64))
         for row in reversed(range(len(self._decoding))):
-            token = self._choose(self._decoding[row], logits[row])
+            try:
+                token = self._choose(self._decoding[row], logits[row])
+            except RuntimeFailureError as error:
+                self._tell(self._decoding[row], Failed("engine", str(error)))
+                self._leave(row, keep=False)
+                continue
             if token is None:
                 self._leave(row)
             else:
                 self._last[row] = token
 
-    def _leave(self, row: int) -> None:
+    def _leave(self, row: int, *, keep: bool = True) -> None:
         """Take a row out; the last one moves into its place, which is why rows are visited from the back."""
-        self._pool.leave(row)
+        self._pool.leave(row, keep=keep)
         self._decoding[row], self._last[row] = self._decoding[-1], self._last[-1]
         del self._decoding[-1], self._last[-1]
 
     def _choose(self, job: Job, logits: NDArray[np.float32]) -> int | None:
-        """The next token of a job, told to it; None when that ends the answer."""
-        try:
-            token = choose_token(logits, job.sampling, job.generator)
-        except RuntimeFailureError as error:
-            self._tell(job, Failed("engine", str(error)))
-            return None
+        """The next token of a job, told to it; None when that ends the answer. Raises: RuntimeFailureError for NaN."""
+        token = choose_token(logits, job.sampling, job.generator)
         if token in job.stop_ids:
             self._tell(job, Finished("stop"))
             return None

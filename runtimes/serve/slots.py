@@ -1,16 +1,15 @@
-"""The keys and values of all requests in one preallocated pool, and the prompts that requests share.
+"""The keys and values of all requests in one preallocated pool, and the beginnings that requests share.
 
 The pool is the runtime's shared cache of `slots` rows. Rows [0, decoding) take part in each decoding step, which
-needs them side by side; behind them stand the row whose prompt is being read, and idle rows, which keep the prompt
-of the request they last served: a later prompt that begins alike starts from a copy of that.
+needs them side by side; behind them stand the row whose prompt is being read, and idle rows, which keep the tokens
+of the request they last served: a later prompt that begins alike starts from a copy of those, so a conversation that
+goes on reads only what is new.
 
-Only keys and values that were read as a *prompt* are shared. A token that was decoded has passed through other
-instructions, whose last bits differ, and then the answer to a request would depend on who came before it.
+A token leaves the same keys and values whether it was read or generated, and whoever stood beside it: to the bit where
+weights are int8 or int4, to rounding elsewhere.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,23 +21,6 @@ Int64 = NDArray[np.int64]
 
 # A copy of fewer tokens than this saves less than it costs to look for.
 LEAST_SHARED = 8
-# One token alone is computed as in decoding, with other last bits: so a piece of a prompt has two at least.
-LEAST_PIECE = 2
-# From here on it is faster to read all but two tokens without their logits, and these two apart, than all with them.
-LEAST_ABSORBED = 62
-
-
-@dataclass
-class Row:
-    """What one row of the pool holds.
-
-    Attributes:
-        prompt: (n,) tokens at its start that were read as a prompt, and may be shared.
-        last_used: a counter that grows with each request.
-    """
-
-    prompt: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
-    last_used: int = 0
 
 
 class SlotPool:
@@ -48,7 +30,7 @@ class SlotPool:
         runtime: with a shared cache.
         slots: rows.
         context_tokens: tokens of a row.
-        share_prefixes: keep prompts of finished requests for those that begin alike.
+        share_prefixes: keep the tokens of finished requests for those that begin alike.
 
     Attributes:
         decoding: rows 0 to decoding − 1 take part in `decode`.
@@ -71,8 +53,9 @@ class SlotPool:
         for buffer in state.buffers:
             buffer.fill(0.0)  # touches each page: what does not fit fails now, not in the middle of an answer
         self._first = [state.first(rows) for rows in range(1, slots + 1)]
-        self._rows = [Row() for _ in range(slots)]
-        self._clock = 0
+        # Whose keys and values each row holds: its first `lengths`.
+        self._tokens = np.zeros((slots, context_tokens), np.int64)
+        self._last_used = np.zeros(slots, np.int64)  # a counter that grows with each request
         self.decoding = 0
         self.slots, self.context_tokens = slots, context_tokens
 
@@ -82,40 +65,30 @@ class SlotPool:
         return int(self._state.lengths[: self.decoding].sum())
 
     def claim(self, prompt: Int64) -> tuple[int, int]:
-        """An idle row for a prompt, with as much of it as another prompt already brought.
+        """An idle row for a prompt, with as much of it as another request already brought.
 
-        Returns: the row, and how many tokens of the prompt it holds. At least LEAST_PIECE are left to be read.
+        Returns: the row, and how many tokens of the prompt it holds; never all, since the last one is decoded.
         """
         source, shared = self._longest_shared(prompt)
-        idle = range(self.decoding, self.slots)
-        row = min(idle, key=lambda index: self._rows[index].last_used)
-        if shared and source >= self.decoding and shared == self._rows[source].prompt.size:
-            row = source  # a conversation that goes on: nothing of the old prompt is lost
+        row = self.decoding + int(self._last_used[self.decoding :].argmin())
+        if shared and source >= self.decoding and shared == self._state.lengths[source]:
+            row = source  # a conversation that goes on: nothing of the old one is lost
         if shared and row != source:
             for buffer in self._state.buffers:
                 buffer[row, :, :shared] = buffer[source, :, :shared]
-        self._clock += 1
-        self._rows[row] = Row(prompt[:shared].copy(), self._clock)
+            self._tokens[row, :shared] = prompt[:shared]
+        self._last_used[row] = self._last_used.max() + 1
         self._state.lengths[row] = shared
         return row, shared
 
-    def read(self, row: int, tokens: Int64, *, last: bool = True) -> NDArray[np.float32] | None:
-        """Read a piece of a prompt into its row.
-
-        Returns: (V,) logits after its last token; None unless this is the last piece.
-        """
-        absorbed = tokens.size - LEAST_PIECE if last else tokens.size
-        if not self._absorbs or (last and absorbed < LEAST_ABSORBED):
-            absorbed = 0
-        if absorbed:
-            self._runtime.absorb(self._state, row, tokens[:absorbed])
-        logits: NDArray[np.float32] | None = None
-        if absorbed < tokens.size:
-            call = self._runtime.extend if self._state.lengths[row] else self._runtime.prefill
-            logits = call(self._state, row, tokens[absorbed:])[-1]
-        known = self._rows[row]
-        known.prompt = np.concatenate([known.prompt, tokens])
-        return logits if last else None
+    def read(self, row: int, tokens: Int64) -> None:
+        """Read a piece of a prompt into its row; of all pieces together, the prompt's last token is left out."""
+        first = int(self._state.lengths[row])
+        if self._absorbs:
+            self._runtime.absorb(self._state, row, tokens)
+        else:
+            (self._runtime.extend if first else self._runtime.prefill)(self._state, row, tokens)
+        self._tokens[row, first : first + tokens.size] = tokens
 
     def join(self, row: int) -> int:
         """Let a row whose prompt is read take part in decoding. Returns: the row where it stands now."""
@@ -124,59 +97,54 @@ class SlotPool:
         self.decoding += 1
         return joined
 
-    def leave(self, row: int) -> int:
+    def leave(self, row: int, *, keep: bool = True) -> int:
         """End a row's part in decoding. Returns: the row, of those that go on, that now stands in its place."""
         last = self.decoding - 1
-        self.release(row)
+        self.release(row, keep=keep)
         self._swap(row, last)
         self.decoding = last
         return last
 
-    def release(self, row: int) -> None:
-        """Keep of a row only its prompt, for others to share."""
-        known = self._rows[row]
-        if not self._share:
-            known.prompt = known.prompt[:0]
-        self._state.lengths[row] = known.prompt.size
+    def release(self, row: int, *, keep: bool = True) -> None:
+        """End the use of a row; what it holds is there for others to share, unless it is not to be kept."""
+        if not (keep and self._share):
+            self._state.lengths[row] = 0
 
     def decode(self, tokens: Int64) -> NDArray[np.float32]:
         """Append one token to each decoding row; (decoding, V) logits."""
-        return self._runtime.decode(self._first[self.decoding - 1], tokens)
+        rows = np.arange(self.decoding)
+        places = self._state.lengths[: self.decoding].copy()
+        logits = self._runtime.decode(self._first[self.decoding - 1], tokens)
+        self._tokens[rows, places] = tokens
+        return logits
 
     def _longest_shared(self, prompt: Int64) -> tuple[int, int]:
-        """The row whose prompt has most in common with this one, and how much of it may be taken."""
+        """The row whose tokens have most in common with this prompt, and how much of it may be taken."""
         best, most = 0, 0
-        for index, row in enumerate(self._rows if self._share else ()):
-            count = min(row.prompt.size, prompt.size - LEAST_PIECE)
+        for row in range(self.slots if self._share else 0):
+            count = min(int(self._state.lengths[row]), prompt.size - 1)
             if count <= most:
                 continue
-            differing = np.flatnonzero(row.prompt[:count] != prompt[:count])
+            differing = np.flatnonzero(self._tokens[row, :count] != prompt[:count])
             count = int(differing[0]) if differing.size else count
             if count > most:
-                best, most = index, count
+                best, most = row, count
         return (best, most) if most >= LEAST_SHARED else (0, 0)
 
     def _swap(self, one: int, other: int) -> None:
-        """Exchange two rows: keys, values, lengths and what is known of them."""
+        """Exchange two rows: keys, values, tokens and what else is known of them."""
         if one == other:
             return
-        lengths = self._state.lengths
-        first, second = int(lengths[one]), int(lengths[other])
+        pair, crossed = [one, other], [other, one]
+        first, second = (int(self._state.lengths[row]) for row in pair)
         for buffer in self._state.buffers:
             kept = buffer[one, :, :first].copy()
             buffer[one, :, :second] = buffer[other, :, :second]
             buffer[other, :, :first] = kept
-        lengths[one], lengths[other] = second, first
-        self._rows[one], self._rows[other] = self._rows[other], self._rows[one]
+        for facts in (self._state.lengths, self._tokens, self._last_used):
+            facts[pair] = facts[crossed]
 
 
 def pieces(start: int, stop: int, size: int) -> list[tuple[int, int]]:
-    """Cut tokens [start, stop) into pieces of about `size`, none of one token unless that is all there is."""
-    found = []
-    while start < stop:
-        end = min(start + size, stop)
-        if stop - end == 1:
-            end = stop  # rather one longer piece than a last one of a single token
-        found.append((start, end))
-        start = end
-    return found
+    """Cut tokens [start, stop) into pieces of at most `size`."""
+    return [(first, min(first + size, stop)) for first in range(start, stop, size)]

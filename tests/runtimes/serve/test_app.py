@@ -409,7 +409,7 @@ def test_metrics_count_what_happened(running: Running, client: Any) -> None:
     values = dict(re.findall(r"^(losa_\S+) (\S+)$", page, re.MULTILINE))
     assert float(values["losa_generated_tokens_total"]) == 15
     assert float(values["losa_prompt_tokens_total"]) == 30
-    assert float(values["losa_prompt_tokens_cached_total"]) == 16
+    assert float(values["losa_prompt_tokens_cached_total"]) == 18
     assert float(values['losa_requests_total{endpoint="/v1/completions",status="200"}']) == 3
     assert float(values['losa_requests_total{endpoint="/v1/completions",status="400"}']) == 1
     assert float(values["losa_time_to_first_token_seconds_count"]) == 3
