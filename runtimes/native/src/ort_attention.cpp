@@ -228,24 +228,14 @@ Op make_op(const ort::Api* api) {
   using ort::CustomOp;
   Op op{};
   op.api = api;
-  op.version = ort::kApiVersion;
+  say_what_is_common(&op);
   op.GetName = [](const CustomOp*) { return "GroupQueryAttention"; };
-  op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return "CPUExecutionProvider"; };
   op.GetInputTypeCount = [](const CustomOp*) -> size_t { return kInputs; };
   op.GetInputType = [](const CustomOp*, size_t index) { return kTypes[index]; };
   op.GetOutputTypeCount = [](const CustomOp*) -> size_t { return 3; };
-  op.GetOutputType = [](const CustomOp*, size_t) -> int { return ort::kFloat; };
   op.GetInputCharacteristic = [](const CustomOp*, size_t index) -> int {
     return is_optional(index) ? ort::kOptional : ort::kRequired;
   };
-  op.GetOutputCharacteristic = [](const CustomOp*, size_t) -> int { return ort::kRequired; };
-  op.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
-  op.GetVariadicInputMinArity = [](const CustomOp*) { return 1; };
-  op.GetVariadicInputHomogeneity = op.GetVariadicInputMinArity;
-  op.GetVariadicOutputMinArity = op.GetVariadicInputMinArity;
-  op.GetVariadicOutputHomogeneity = op.GetVariadicInputMinArity;
-  op.GetStartVersion = op.GetVariadicInputMinArity;
-  op.GetEndVersion = [](const CustomOp*) { return 0x7fffffff; };
   op.CreateKernelV2 = [](const CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** kernel) {
     const Calls calls(api);
     return ort::guarded(calls, [&] { return create(calls, info, kernel); });

@@ -264,9 +264,8 @@ Op make_op(const ort::Api* api, const char* name, Kind kind, bool normed, ValueT
   op.normed = normed;
   op.type = type;
   op.inputs = inputs_of(kind, normed, type);
-  op.version = ort::kApiVersion;
+  say_what_is_common(&op);
   op.GetName = [](const CustomOp* self) { return static_cast<const Op*>(self)->name.c_str(); };
-  op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return "CPUExecutionProvider"; };
   op.GetInputTypeCount = [](const CustomOp* self) { return static_cast<const Op*>(self)->inputs.size(); };
   op.GetInputType = [](const CustomOp* self, size_t index) {
     return static_cast<const Op*>(self)->inputs[index].type;
@@ -274,16 +273,6 @@ Op make_op(const ort::Api* api, const char* name, Kind kind, bool normed, ValueT
   op.GetOutputTypeCount = [](const CustomOp* self) -> size_t {
     return static_cast<const Op*>(self)->normed ? 2 : 1;
   };
-  op.GetOutputType = [](const CustomOp*, size_t) -> int { return ort::kFloat; };
-  op.GetInputCharacteristic = [](const CustomOp*, size_t) -> int { return ort::kRequired; };
-  op.GetOutputCharacteristic = op.GetInputCharacteristic;
-  op.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
-  op.GetVariadicInputMinArity = [](const CustomOp*) { return 1; };
-  op.GetVariadicInputHomogeneity = op.GetVariadicInputMinArity;
-  op.GetVariadicOutputMinArity = op.GetVariadicInputMinArity;
-  op.GetVariadicOutputHomogeneity = op.GetVariadicInputMinArity;
-  op.GetStartVersion = op.GetVariadicInputMinArity;
-  op.GetEndVersion = [](const CustomOp*) { return 0x7fffffff; };
   op.CreateKernelV2 = [](const CustomOp* self, const ort::Api* api, const ort::KernelInfo* info,
                          void** kernel) {
     const Calls calls(api);

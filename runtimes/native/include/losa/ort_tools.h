@@ -41,7 +41,7 @@ inline Status* describe_tensor(const Calls& calls, const Value* value, std::vect
 }
 
 inline Status* attribute(const Calls& calls, const KernelInfo* info, const std::string& where, const char* name,
-                  int64_t* value) {
+                         int64_t* value) {
   Status* status = calls.attribute(info, name, value);
   if (status == nullptr) return nullptr;
   calls.release(status);
@@ -50,7 +50,7 @@ inline Status* attribute(const Calls& calls, const KernelInfo* info, const std::
 
 /// An attribute that may be left out: `value` then keeps what it holds. One of another type is refused.
 inline Status* optional_attribute(const Calls& calls, const KernelInfo* info, const std::string& where,
-                           const char* name, int64_t* value) {
+                                  const char* name, int64_t* value) {
   int64_t found = 0;
   Status* status = calls.attribute(info, name, &found);
   if (status == nullptr) {
@@ -64,6 +64,7 @@ inline Status* optional_attribute(const Calls& calls, const KernelInfo* info, co
                  : format_error(calls, where, std::string("attribute '") + name + "' is not one integer");
 }
 
+/// The session's threads, as products and attention want them (parallel.h); a failure is kept in `status`.
 struct SessionThreads {
   const Calls& calls;
   KernelContext* context;
@@ -79,7 +80,7 @@ struct SessionThreads {
 };
 
 inline Status* set_output(const Calls& calls, ShapeInferContext* context, size_t index,
-                   const std::vector<int64_t>& dims, const std::vector<const char*>& names) {
+                          const std::vector<int64_t>& dims, const std::vector<const char*>& names) {
   TensorInfo* output = nullptr;
   if (Status* status = calls.create_tensor_info(&output)) return status;
   Status* status = calls.set_element_type(output, kFloat);
@@ -93,12 +94,28 @@ inline Status* set_output(const Calls& calls, ShapeInferContext* context, size_t
 
 /// Runs `body`, turning what it throws (only memory can run out) into a status.
 template <class Body>
-inline Status* guarded(const Calls& calls, Body body) noexcept {
+Status* guarded(const Calls& calls, Body body) noexcept {
   try {
     return body();
   } catch (const std::exception& error) {
     return calls.create_status(kFail, error.what());
   }
+}
+
+/// What all operators say alike of themselves.
+inline void say_what_is_common(CustomOp* op) {
+  op->version = kApiVersion;
+  op->GetExecutionProviderType = [](const CustomOp*) -> const char* { return "CPUExecutionProvider"; };
+  op->GetOutputType = [](const CustomOp*, size_t) -> int { return kFloat; };
+  op->GetInputCharacteristic = [](const CustomOp*, size_t) -> int { return kRequired; };
+  op->GetOutputCharacteristic = op->GetInputCharacteristic;
+  op->GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
+  op->GetVariadicInputMinArity = [](const CustomOp*) { return 1; };
+  op->GetVariadicInputHomogeneity = op->GetVariadicInputMinArity;
+  op->GetVariadicOutputMinArity = op->GetVariadicInputMinArity;
+  op->GetVariadicOutputHomogeneity = op->GetVariadicInputMinArity;
+  op->GetStartVersion = op->GetVariadicInputMinArity;
+  op->GetEndVersion = [](const CustomOp*) { return 0x7fffffff; };
 }
 
 /// The operator GroupQueryAttention (ort_attention.cpp); lives as long as the library.
