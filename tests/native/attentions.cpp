@@ -130,6 +130,11 @@ void check_attention(const Rows& rows) {
       }
     }
   }
+  for (int64_t tokens : {1, 2, 40}) {  // more keys than are attended to at once
+    Call call({1030, 511, 3}, tokens, 2, 1, 16, random.one_in(2) ? INT64_MAX : 700, random.below(3), random);
+    check_call(rows, call);
+    ++cases;
+  }
   std::printf("attention: %d cases\n", cases);
 }
 

@@ -46,7 +46,7 @@ class Case:
         self.value = draw((batch, self.tokens, self.kv_heads, self.width)).astype(np.float32)
         keys, values = draw((2, batch, self.kv_heads, capacity, self.width)).astype(np.float32)
         self.past = keys, values
-        self.angles = np.outer(np.arange(600), 0.9 ** np.arange(self.rotary)).astype(np.float32)
+        self.angles = np.outer(np.arange(1500), 0.9 ** np.arange(self.rotary)).astype(np.float32)
 
     @property
     def total(self) -> int:
@@ -118,6 +118,12 @@ CASES = {
     "odd heads": Case((9, 30), 5, width=13, rotary=3),
     "wide heads": Case((90, 2), 2, width=80, rotary=40),
     "no rotation": Case((9, 30), 2, rotary=0),
+    # more than 512 keys are attended to in parts
+    "parts": Case((1100, 511, 512, 3), 1, spare=7),
+    "parts of so many heads that none is shared out": Case((700, 20), 1, heads=64, kv_heads=16),
+    "a prompt of parts": Case((0,), 560),
+    "a window over parts": Case((1100, 90), 1, window=600),
+    "a window behind parts": Case((1100,), 3, window=40),
 }
 
 
@@ -140,19 +146,19 @@ def test_a_token_has_the_same_bits_in_any_company(kernels: Any) -> None:
     """Alone or in a batch, in one piece or several, on one thread or three."""
     generator = np.random.default_rng(3)
     for row in native.describe().available_rows:
-        for window in (None, 21):
-            whole = Case((0,), 90, window=window)
+        for length, window in ((90, None), (90, 21), (1100, None), (1100, 530)):
+            whole = Case((0,), length, window=window)
             outputs, keys, values = whole.run(row=row)
             for threads in (2, 3):
                 np.testing.assert_array_equal(whole.run(row=row, threads=threads)[0], outputs)
             place = 0
-            while place < 90:
-                count = min(90 - place, int(generator.choice([1, 2, 7, 16, 40])))
+            while place < length:
+                count = min(length - place, int(generator.choice([1, 2, 7, 16, 40, 200])))
                 piece = Case((place, 55), count, window=window, spare=9)
                 for name in ("query", "key", "value"):
                     getattr(piece, name)[0] = getattr(whole, name)[0, place : place + count]
                 piece.past[0][0, :, :place], piece.past[1][0, :, :place] = keys[0, :, :place], values[0, :, :place]
-                found, new_keys, _ = piece.run(row=row, total=200)
+                found, new_keys, _ = piece.run(row=row, total=1400, threads=2)
                 np.testing.assert_array_equal(found[0], outputs[0, place : place + count], err_msg=row)
                 np.testing.assert_array_equal(new_keys[0, :, : place + count], keys[0, :, : place + count])
                 place += count
@@ -189,7 +195,7 @@ def test_positions_count_behind_a_past_only(kernels: Any) -> None:
     [
         ({"last": np.array([3, 99], np.int32)}, "seqlens_k is 99 in row 1 with 1 new tokens, a past of at most 40"),
         ({"last": np.array([-1, 5], np.int32)}, "seqlens_k is -1 in row 0"),
-        ({"positions": np.array([[3], [600]])}, "position 600 in row 1 has no row in a cache of 600 rotations"),
+        ({"positions": np.array([[3], [1500]])}, "position 1500 in row 1 has no row in a cache of 1500 rotations"),
         ({"positions": np.array([[-1], [3]])}, "position -1 in row 0"),
         ({"heads": 5}, "5 heads cannot share 2 of keys"),
         ({"rotary": 17}, "heads of 32 cannot be rotated by caches of width 17"),
@@ -343,7 +349,7 @@ def test_impossible_attributes_are_refused_at_load(kernels: Any, changes: dict[s
         ({"seqlens_k": np.zeros(3, np.int32)}, "'seqlens_k' of shape"),
         ({"seqlens_k": np.array([9, 200], np.int32)}, "seqlens_k is 200 in row 1"),
         ({"position_ids": np.zeros((1, 1), np.int64)}, "'position_ids' of shape"),
-        ({"sin": np.zeros((600, 15), np.float32)}, "'sin_cache' of shape"),
+        ({"sin": np.zeros((1500, 15), np.float32)}, "'sin_cache' of shape"),
         ({"total": np.zeros(2, np.int32)}, "'total_sequence_length' of shape"),
     ],
 )

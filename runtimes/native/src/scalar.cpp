@@ -150,8 +150,10 @@ void attend(const HeadQueries& q) {
     for (int64_t d = 0; d < q.head_dim; ++d) {
       float total = 0;
       for (int64_t j = start; j < end; ++j) total += weights[j] * q.values[j * q.head_dim + d];
-      y[d] = total / sum;
+      y[d] = total;
     }
+    q.largest[query] = largest;
+    q.sums[query] = sum;
   }
 }
 

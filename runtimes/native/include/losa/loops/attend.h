@@ -13,18 +13,10 @@ class Attend {
     const int64_t end = q.end(q.tokens - 1), queries = q.tokens * q.heads;
     for (int64_t first = q.start(0) / losa::kKeyTile * losa::kKeyTile; first < end; first += losa::kKeyTile)
       score_tile(q, first);
-    float inverse[kValueQueries];
     for (int64_t query = 0; query < queries; query += kValueQueries) {
       const int64_t count = queries - query < kValueQueries ? queries - query : kValueQueries;
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t token = (query + i) / q.heads;
-        inverse[i] = 1.0f / exponentials(scores_of(q, query + i), q.start(token), q.end(token));
-      }
+      for (int64_t i = query; i < query + count; ++i) exponentials(q, i);
       mix_values(q, query, count);
-      for (int64_t i = 0; i < count; ++i) {
-        float* y = q.output_of(query + i);
-        for (int64_t d = 0; d < q.head_dim; ++d) y[d] *= inverse[i];
-      }
     }
   }
 
@@ -44,7 +36,7 @@ class Attend {
   static void turn(const losa::HeadQueries& q, int64_t first) {
     for (int64_t half = 0; half < kTile; half += 8) {
       const float* rows = q.keys + (first + half) * q.head_dim;
-      const int64_t left = q.capacity - first - half;
+      const int64_t left = q.readable - first - half;
       int64_t d = 0;
       if (left >= 8)
         for (; d + 8 <= q.head_dim; d += 8)
@@ -67,7 +59,7 @@ class Attend {
   static void score_tile(const losa::HeadQueries& q, int64_t first) {
     prefetch(q, first);
     turn(q, first);
-    int64_t token = first < q.past ? 0 : first - q.past, last = token;
+    int64_t token = first < q.past ? 0 : first - q.past, last = token;  // places from `first` on see it
     while (last < q.tokens && q.start(last) < first + kTile) ++last;
     int64_t query = token * q.heads;
     const int64_t queries = last * q.heads;
@@ -105,8 +97,13 @@ class Attend {
     }
   }
 
-  /// Scores [start, end) become e^(score - the largest). Returns their sum, in an order by place of the key.
-  static float exponentials(float* scores, int64_t start, int64_t end) {
+  /// Scores of what a query sees become e^(score - the largest); their sum is formed in an order by place of the key.
+  static void exponentials(const losa::HeadQueries& q, int64_t query) {
+    float* scores = scores_of(q, query);
+    const int64_t start = q.start(query / q.heads), end = q.end(query / q.heads);
+    q.largest[query] = -__builtin_inff();
+    q.sums[query] = 0.0f;
+    if (start >= end) return;
     const int64_t first = start / kTile * kTile, last = (end + kTile - 1) / kTile * kTile;
     for (int64_t j = first; j < start; ++j) scores[j] = -__builtin_inff();
     for (int64_t j = end; j < last; ++j) scores[j] = -__builtin_inff();
@@ -126,7 +123,8 @@ class Attend {
     }
     for (int width = kTile / 2; width > 0; width /= 2)
       for (int r = 0; r < width; ++r) sums[r] += sums[r + width];
-    return sums[0];
+    q.largest[query] = largest;
+    q.sums[query] = sums[0];
   }
 
   /// Outputs of queries [query, query + count) = sums of their exponentials times values. What all of them see is read
