@@ -62,7 +62,7 @@ class SoakConfig:
         seconds: of overload.
         overload: times the sustained rate.
         calibrate_seconds: how long the sustained rate is measured, with twice as many clients as slots.
-        client_kills: clients that leave in the middle, in the time of overload.
+        client_kills: clients that leave before their answer is whole, in the time of overload.
         worker_kills: workers that are killed afterwards.
         slots, workers, threads, max_queue: of the server.
         prompts: different prompts.
@@ -139,6 +139,7 @@ class Soak:
         self._config, self._questions, self._server, self._url = config, questions, server, url
         self._random = np.random.default_rng(config.seed)
         self._last_kill = -1e9
+        self._stayed = 0  # clients that were to leave and did not come to it
 
     async def run(self) -> dict[str, Any]:
         """All phases. Returns: the record's findings."""
@@ -198,7 +199,9 @@ class Soak:
                 wait = started + arrival - time.monotonic()
                 if wait > 0:
                     await asyncio.sleep(wait)
-                task = asyncio.create_task(self._ask(session, tally, leave=index in leaving))
+                leave = index in leaving or self._stayed > 0
+                self._stayed -= leave and index not in leaving
+                task = asyncio.create_task(self._ask(session, tally, leave=leave))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
                 progress.advance(max(0.0, min(seconds, time.monotonic() - started) - progress.done))
@@ -218,6 +221,7 @@ class Soak:
             async with asyncio.timeout(patience):
                 async with session.post(f"{self._url}/v1/completions", json=body) as response:
                     await self._judge(response, question, stream, tally, sent)
+            self._stayed += leave  # refused, or answered at once: another one leaves in its place
         except TimeoutError:
             if leave:
                 tally.count("left")
