@@ -21,11 +21,10 @@ from losa_export.errors import InputError, LosaError, RuntimeFailureError
 from losa_export.runtimes.sampling import SamplingConfig, choose_token, log_probability, most_likely
 from losa_export.runtimes.serve.slots import SlotPool, pieces
 
-# Steps that running answers get between two prompts, at most. Answers that began together would also end together, and
-# the prompts that follow them would queue behind each other again and again; a few steps pull them apart. The more
-# answers run, the fewer steps: else new ones could not come as fast as old ones end.
-STEPS_BETWEEN_PROMPTS = 6
-_STEPS_OF_ALL = 32
+# Steps that running answers get between two prompts. Answers that began together would also end together, and the
+# prompts that follow them would queue behind each other again and again; a few steps pull them apart. More than two
+# delay the second of two prompts by more than they pull apart.
+STEPS_BETWEEN_PROMPTS = 2
 
 Int64 = NDArray[np.int64]
 Failure = Literal["queue_timeout", "request_timeout", "shutdown", "engine"]
@@ -310,8 +309,7 @@ class Engine:
         if reading.left:
             return
         # The prompt's last token is decoded with the others' newest ones, which costs less than a pass of its own.
-        self._reading = None
-        self._pause = min(STEPS_BETWEEN_PROMPTS, _STEPS_OF_ALL // (1 + len(self._decoding)))
+        self._reading, self._pause = None, STEPS_BETWEEN_PROMPTS
         self._pool.join(reading.row)
         self._decoding.append(reading.job)
         self._last.append(int(reading.job.prompt[-1]))
