@@ -187,6 +187,7 @@ class Soak:
         worker_kills: int = 0,
     ) -> Tally:
         tally, tasks = Tally(), set[asyncio.Task[None]]()
+        self._stayed = 0
         count = max(1, int(seconds * rate))
         arrivals = np.sort(self._random.uniform(0, seconds, count))  # Poisson, given how many there are
         leaving = set(self._random.choice(count, min(client_kills, count), replace=False).tolist())
