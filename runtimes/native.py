@@ -252,8 +252,10 @@ def attention(
     """
     if threads < 1:
         raise ConfigError(f"threads is {threads}, it must be at least 1", threads=threads)
-    batch, tokens, heads, width = query.shape
     shapes = {"query": query.shape, "key": key.shape, "past keys": past[0].shape, "last": last.shape}
+    if query.ndim != 4 or past[0].ndim != 4:
+        raise FormatError(f"query and past of attention have four dimensions each, not {shapes}")
+    batch, tokens, heads, width = query.shape
     kv_heads, capacity = past[0].shape[1:3]
     if (
         past[0].shape != (batch, kv_heads, capacity, width)

@@ -200,6 +200,7 @@ def test_positions_count_behind_a_past_only(kernels: Any) -> None:
         ({"heads": 5}, "5 heads cannot share 2 of keys"),
         ({"rotary": 17}, "heads of 32 cannot be rotated by caches of width 17"),
         ({"key": np.zeros((2, 1, 2, 31), np.float32)}, "do not fit each other"),
+        ({"query": np.zeros((2, 6, 32), np.float32)}, "have four dimensions each"),
         ({"total": 41, "last": np.array([41, 5], np.int32)}, "seqlens_k is 41 in row 0"),
     ],
 )

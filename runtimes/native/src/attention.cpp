@@ -23,11 +23,11 @@ constexpr int64_t kFewMultiplyAdds = 128 * 1024;
 
 thread_local Scratch attention_scratch, parts_scratch;
 
-/// to = `from` rotated to a place, times `scale`. Dimensions beyond the rotated ones stay.
-void rotate(const Attention& a, int64_t place, const float* from, float scale, float* to) {
+/// to = `from` rotated by a row of cosines, times `scale`. Dimensions beyond the rotated ones stay.
+void rotate(const Attention& a, int64_t rotation, const float* from, float scale, float* to) {
   const int64_t half = a.cosines == nullptr ? 0 : a.rotary_half;
-  const float* cosines = a.cosines + place * half;
-  const float* sines = a.sines + place * half;
+  const float* cosines = a.cosines + rotation * half;
+  const float* sines = a.sines + rotation * half;
   for (int64_t d = 0; d < half; ++d) {
     const float first = from[d], second = from[half + d];
     to[d] = (first * cosines[d] - second * sines[d]) * scale;
@@ -90,12 +90,6 @@ struct Job {
                     a.head_dim);
   }
 
-  int64_t place(int64_t batch_row, int64_t token) const {
-    if (a.cosines == nullptr) return 0;
-    if (a.first_prompt || a.positions == nullptr) return a.past(batch_row) + token;
-    return a.positions[batch_row * a.tokens + token];
-  }
-
   /// Keys and values of one head of one row: the past if it lies elsewhere, and the new ones.
   void store_keys(int64_t head) const {
     const int64_t batch_row = head / a.kv_heads, kv_head = head % a.kv_heads, past = a.past(batch_row);
@@ -108,7 +102,7 @@ struct Job {
     }
     for (int64_t t = 0; t < a.tokens; ++t) {
       const int64_t from = (batch_row * a.tokens + t) * a.key_stride + kv_head * a.head_dim;
-      rotate(a, place(batch_row, t), a.key + from, 1.0f, keys + (past + t) * a.head_dim);
+      rotate(a, a.rotation(batch_row, t), a.key + from, 1.0f, keys + (past + t) * a.head_dim);
       __builtin_memcpy(values + (past + t) * a.head_dim, a.value + from,
                        static_cast<size_t>(a.head_dim) * sizeof(float));
     }
@@ -133,12 +127,11 @@ struct Job {
     q->window = a.window;
     q->turned = memory;
     q->scores = memory + turned;
-    q->output_stride = group() * a.head_dim;
     for (int64_t t = tile.first; t < tile.first + tile.tokens; ++t) {
       const float* from =
           a.query + (tile.batch_row * a.tokens + t) * a.query_stride + tile.kv_head * group() * a.head_dim;
       for (int64_t h = 0; h < group(); ++h, to += a.head_dim)
-        rotate(a, place(tile.batch_row, t), from + h * a.head_dim, a.scale, to);
+        rotate(a, a.rotation(tile.batch_row, t), from + h * a.head_dim, a.scale, to);
     }
     return to;
   }
@@ -245,11 +238,10 @@ bool check(const Attention& a, std::string* error) {
                    " new tokens, a past of at most " + std::to_string(a.past_capacity) + " and room for " +
                    std::to_string(a.capacity));
     if (a.cosines == nullptr) continue;
-    const bool given = a.positions != nullptr && !a.first_prompt;
     for (int64_t t = 0; t < a.tokens; ++t) {
-      const int64_t place = given ? a.positions[row * a.tokens + t] : past + t;
-      if (place < 0 || place >= a.rotary_rows)
-        return wrong("position " + std::to_string(place) + of_row(row) + " has no row in a cache of " +
+      const int64_t rotation = a.rotation(row, t);
+      if (rotation < 0 || rotation >= a.rotary_rows)
+        return wrong("position " + std::to_string(rotation) + of_row(row) + " has no row in a cache of " +
                      std::to_string(a.rotary_rows) + " rotations");
     }
   }
@@ -266,8 +258,9 @@ bool attend(const KernelRow& row, const Attention& a, const Parallel& parallel) 
   const Parallel here{run_here, nullptr};
   const Parallel& threads = multiply_adds(a) <= kFewMultiplyAdds ? here : parallel;
   const size_t heads = static_cast<size_t>(job.heads()), parts = static_cast<size_t>(job.most_parts);
-  if (job.tiles > 1 || (parts > 1 && job.heads() < kFewTasks)) threads.each(heads, store_task, &job);
-  if (job.tiles > 1 || parts == 1 || job.heads() >= kFewTasks) {
+  const bool share_parts = job.tiles == 1 && parts > 1 && job.heads() < kFewTasks;
+  if (job.tiles > 1 || share_parts) threads.each(heads, store_task, &job);
+  if (!share_parts) {
     threads.each(heads * static_cast<size_t>(job.tiles), tile_task, &job);
   } else {
     const int64_t floats = job.heads() * job.most_parts * Part::floats(a.tokens * group, a.head_dim);

@@ -49,6 +49,11 @@ std::string description() {
          "], \"available_rows\": [" + available + "]}";
 }
 
+/// The row of that name; of null, LOSA_KERNEL's or the best.
+const losa::KernelRow* row_called(const char* name, std::string* error) {
+  return name != nullptr ? losa::select_row(name, error) : losa::select_row_from_environment(error);
+}
+
 /// Hands indices out to `threads` threads made for this call: for tests and small tools; ONNX Runtime
 /// brings a pool of its own.
 void run_on_threads(void* context, size_t count, void (*task)(void*, size_t), void* argument) {
@@ -94,8 +99,7 @@ LOSA_EXPORT int losa_matmul(const char* row, const losa::WeightParts* parts, con
                             float* y, size_t threads, char* error, size_t error_capacity) {
   try {
     std::string message;
-    const losa::KernelRow* chosen =
-        row != nullptr ? losa::select_row(row, &message) : losa::select_row_from_environment(&message);
+    const losa::KernelRow* chosen = row_called(row, &message);
     if (chosen == nullptr) return report(kKernelError, message, error, error_capacity);
     losa::Weight weight{};
     if (!losa::validate(*parts, &weight, &message)) return report(kFormatError, message, error, error_capacity);
@@ -118,8 +122,7 @@ LOSA_EXPORT int losa_attention(const char* row, const losa::Attention* attention
                                size_t error_capacity) {
   try {
     std::string message;
-    const losa::KernelRow* chosen =
-        row != nullptr ? losa::select_row(row, &message) : losa::select_row_from_environment(&message);
+    const losa::KernelRow* chosen = row_called(row, &message);
     if (chosen == nullptr) return report(kKernelError, message, error, error_capacity);
     if (!losa::check(*attention, &message)) return report(kFormatError, message, error, error_capacity);
     if (!losa::attend(*chosen, *attention, {run_on_threads, &threads}))

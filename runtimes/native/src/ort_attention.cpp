@@ -46,10 +46,7 @@ Status* create(const Calls& calls, const ort::KernelInfo* info, void** result) {
   int64_t rotates = 0;
   if (Status* status = attribute(calls, info, where, "do_rotary", &rotates)) return status;
   if (Status* status = attribute(calls, info, where, "local_window_size", &kernel.window)) return status;
-  if (Status* status = calls.attribute(info, "scale", &kernel.scale)) {
-    calls.release(status);
-    return format_error(calls, where, "attribute 'scale' is missing, or not one number");
-  }
+  if (Status* status = attribute(calls, info, where, "scale", &kernel.scale)) return status;
   if (kernel.heads < 1 || kernel.heads > kMostHeads || kernel.kv_heads < 1 || kernel.heads % kernel.kv_heads != 0)
     return format_error(calls, where, std::to_string(kernel.heads) + " heads cannot share " +
                                           std::to_string(kernel.kv_heads) + " of keys");
@@ -58,9 +55,7 @@ Status* create(const Calls& calls, const ort::KernelInfo* info, void** result) {
                                           ", neither -1 nor at least 1");
   if (kernel.window == -1) kernel.window = INT64_MAX;
   kernel.rotates = rotates != 0;
-  std::string error;
-  kernel.row = select_row_from_environment(&error);
-  if (kernel.row == nullptr) return calls.create_status(ort::kFail, ("losa.KernelError: " + error).c_str());
+  if (Status* status = ort::choose_row(calls, &kernel.row)) return status;
   *result = new Kernel(kernel);
   return nullptr;
 }
@@ -86,10 +81,10 @@ std::string shape(const std::vector<int64_t>& dims) {
 
 Status* read_inputs(const Kernel& kernel, ort::KernelContext* context, Tensor (&tensors)[kInputs]) {
   const Calls& calls = kernel.calls;
+  size_t count = 0;
+  if (Status* status = calls.input_count(context, &count)) return status;
   for (size_t place = 0; place < kInputs; ++place) {
     const ort::Value* value = nullptr;
-    size_t count = 0;
-    if (Status* status = calls.input_count(context, &count)) return status;
     if (place < count)
       if (Status* status = calls.input(context, place, &value)) return status;
     tensors[place].data = nullptr;
@@ -215,9 +210,8 @@ Status* infer_shape(const Calls& calls, ort::ShapeInferContext* context) {
   if (Status* status = calls.dims(query, dims.data(), 3)) return status;
   if (Status* status = calls.dim_names(query, names.data(), 3)) return status;
   if (Status* status = calls.dims(past, past_dims.data(), 4)) return status;
-  // ONNX Runtime would take the -1 of a size without number and name for a number.
   for (size_t i = 0; i < 2; ++i)
-    if (dims[i] < 0 && (names[i] == nullptr || *names[i] == 0)) return nullptr;
+    if (ort::is_unknown(dims[i], names[i])) return nullptr;
   if (past_dims[3] < 0 || heads < 1 || heads > kMostHeads) return nullptr;
   dims[2] = heads * past_dims[3];
   names[2] = "";

@@ -84,10 +84,7 @@ Status* constant(const Calls& calls, const ort::KernelInfo* info, const std::str
 /// The norm's gamma, copied to where it is aligned, and its epsilon.
 Status* read_norm(const Op& op, const Calls& calls, const ort::KernelInfo* info, const std::string& where,
                   int64_t columns, std::vector<float>* gamma, float* epsilon) {
-  if (Status* status = calls.attribute(info, "epsilon", epsilon)) {
-    calls.release(status);
-    return format_error(calls, where, "attribute 'epsilon' is missing, or not one number");
-  }
+  if (Status* status = attribute(calls, info, where, "epsilon", epsilon)) return status;
   if (!(*epsilon >= 0) || std::isinf(*epsilon))
     return format_error(calls, where, "epsilon is " + std::to_string(*epsilon) + ", not a finite number from 0 on");
   Bytes bytes{};
@@ -124,8 +121,8 @@ Status* create(const Op& op, const Calls& calls, const ort::KernelInfo* info, vo
   }
 
   std::string error;
-  const KernelRow* row = select_row_from_environment(&error);
-  if (row == nullptr) return calls.create_status(ort::kFail, ("losa.KernelError: " + error).c_str());
+  const KernelRow* row = nullptr;
+  if (Status* status = ort::choose_row(calls, &row)) return status;
   Weight weight{};
   if (!validate(parts, &weight, &error)) return format_error(calls, where, error);
   std::vector<float> gamma;
@@ -218,8 +215,7 @@ Status* infer_shape(const Op& op, const Calls& calls, ort::ShapeInferContext* co
   std::vector<const char*> names(rank, "");
   if (Status* status = calls.dims(input, dims.data(), rank)) return status;
   if (Status* status = calls.dim_names(input, names.data(), rank)) return status;
-  // ONNX Runtime would take the -1 of a size without number and name for a number.
-  const auto unknown = [&](size_t i) { return dims[i] < 0 && (names[i] == nullptr || *names[i] == 0); };
+  const auto unknown = [&](size_t i) { return ort::is_unknown(dims[i], names[i]); };
   for (size_t i = 0; i + (embedding ? 0 : 1) < rank; ++i)
     if (unknown(i)) return nullptr;
   if (op.normed && !unknown(rank - 1))

@@ -43,6 +43,11 @@ struct Attention {
 
   /// Tokens that row `row` has before the new ones.
   int64_t past(int64_t row) const { return first_prompt ? 0 : static_cast<int64_t>(last[row]) + 1 - tokens; }
+  /// Which row of cosines rotates a token.
+  int64_t rotation(int64_t row, int64_t token) const {
+    if (cosines == nullptr) return 0;
+    return first_prompt || positions == nullptr ? past(row) + token : positions[row * tokens + token];
+  }
 };
 
 /// What `attend` relies on, but for the sizes of arrays. False: `error` says what is wrong.

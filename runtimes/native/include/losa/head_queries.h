@@ -23,8 +23,7 @@ struct HeadQueries {
   float* turned;          // [head_dim][kKeyTile], likewise
   float* largest;         // [tokens][heads]: the largest score; -infinity if a query sees none of these keys
   float* sums;            // [tokens][heads]: of e^(score - largest)
-  float* output;          // [tokens, output_stride apart][heads][head_dim]: of e^(score - largest) times values
-  int64_t output_stride;
+  float* output;          // [tokens][heads][head_dim]: sums of e^(score - largest) times values
 
   /// Keys [start, end) are what a token sees.
   LOSA_INLINE int64_t end(int64_t token) const { return clamp(past + token + 1); }
@@ -33,9 +32,7 @@ struct HeadQueries {
     return end > window ? clamp(end - window) : 0;
   }
   LOSA_INLINE int64_t score_stride() const { return (count + kKeyTile - 1) / kKeyTile * kKeyTile; }
-  LOSA_INLINE float* output_of(int64_t query) const {
-    return output + query / heads * output_stride + query % heads * head_dim;
-  }
+  LOSA_INLINE float* output_of(int64_t query) const { return output + query * head_dim; }
 
  private:
   LOSA_INLINE int64_t clamp(int64_t key) const { return key < 0 ? 0 : key > count ? count : key; }

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "losa/kernel_table.h"
 #include "losa/ort_abi.h"
 #include "losa/parallel.h"
 
@@ -48,6 +49,14 @@ inline Status* attribute(const Calls& calls, const KernelInfo* info, const std::
   return format_error(calls, where, std::string("attribute '") + name + "' is missing, or not one integer");
 }
 
+inline Status* attribute(const Calls& calls, const KernelInfo* info, const std::string& where, const char* name,
+                         float* value) {
+  Status* status = calls.attribute(info, name, value);
+  if (status == nullptr) return nullptr;
+  calls.release(status);
+  return format_error(calls, where, std::string("attribute '") + name + "' is missing, or not one number");
+}
+
 /// An attribute that may be left out: `value` then keeps what it holds. One of another type is refused.
 inline Status* optional_attribute(const Calls& calls, const KernelInfo* info, const std::string& where,
                                   const char* name, int64_t* value) {
@@ -63,6 +72,16 @@ inline Status* optional_attribute(const Calls& calls, const KernelInfo* info, co
   return missing ? nullptr
                  : format_error(calls, where, std::string("attribute '") + name + "' is not one integer");
 }
+
+/// The kernel row that LOSA_KERNEL names, or the best.
+inline Status* choose_row(const Calls& calls, const KernelRow** row) {
+  std::string error;
+  *row = select_row_from_environment(&error);
+  return *row != nullptr ? nullptr : calls.create_status(kFail, ("losa.KernelError: " + error).c_str());
+}
+
+/// Whether nothing is known of a size: ONNX Runtime would take its -1, without a name, for a number.
+inline bool is_unknown(int64_t size, const char* name) { return size < 0 && (name == nullptr || *name == 0); }
 
 /// The session's threads, as products and attention want them (parallel.h); a failure is kept in `status`.
 struct SessionThreads {
