@@ -58,12 +58,28 @@ class EvalText:
             between them.
         window: tokens in a window.
         windows: how many of them, from the start; None takes all.
+        stride: tokens from one window to the next. Each scores as many of its last tokens, so that none counts twice
+            and all have equally many; None is the window's own length, of which all but the first are scored.
     """
 
     path: Path
     wikitext: bool
     window: int
     windows: int | None
+    stride: int | None = None
+
+    @property
+    def scored(self) -> int:
+        """Tokens that a window scores."""
+        return min(self.stride or self.window, self.window - 1)
+
+    @property
+    def protocol(self) -> str:
+        """How the text becomes windows: figures by another protocol are no match."""
+        read = "one string" if self.wikitext else "documents with end-of-text between"
+        if self.stride is not None and self.stride < self.window:
+            return f"{read}, a window every {self.stride} tokens"
+        return f"{read}, windows without overlap" if self.wikitext else read
 
 
 @dataclass(frozen=True)
@@ -146,7 +162,9 @@ def evaluate(config: EvalConfig, *, show_progress: bool = True) -> Record:
             for number, (text, windows) in enumerate(texts):
                 rows = []
                 for place, ids in enumerate(windows):
-                    rows.append(work.once(f"text {number} window {place}", partial(_window, runtimes, ids)))
+                    rows.append(
+                        work.once(f"text {number} window {place}", partial(_window, runtimes, ids, text.scored))
+                    )
                     progress.advance()
                 measured_texts.append(_text_record(text, rows, compared="reference" in runtimes))
             measured_tasks = []
@@ -203,7 +221,7 @@ def _windows(text: EvalText, target: Path, tokenizer: Tokenizer, runtime: Runtim
     else:
         ends = load_stop_ids(target)
         stream = encode_documents(read_documents([text.path]), tokenizer, ends[0] if ends else None)
-    return cut_windows(stream, text.window, text.windows)
+    return cut_windows(stream, text.window, text.windows, text.stride)
 
 
 def _items(config: EvalConfig, name: str) -> list[Item]:
@@ -224,16 +242,16 @@ def _task_source(config: EvalConfig, name: str) -> str:
     return f"'{_task_file(config.task_folder, name)}'"
 
 
-def _window(runtimes: Mapping[str, Runtime], ids: NDArray[np.int64]) -> Record:
-    """One window: mean loss of each side, and divergence of the target from the reference at each token."""
+def _window(runtimes: Mapping[str, Runtime], ids: NDArray[np.int64], scored: int) -> Record:
+    """The last `scored` tokens of a window: mean loss of each side, and divergence of the target at each token."""
     logits = {}
     for side, runtime in runtimes.items():
-        logits[side] = runtime.prefill(runtime.new_state(1, len(ids)), 0, ids)[:-1]
+        logits[side] = runtime.prefill(runtime.new_state(1, len(ids)), 0, ids)[-1 - scored : -1]
         if not np.isfinite(logits[side]).all():
             raise RuntimeFailureError(
                 f"runtime '{runtime.name}' gave NaN or infinite logits for the {side}; the model or a kernel is broken"
             )
-    row: Record = {side: float(token_nll(found, ids[1:]).mean()) for side, found in logits.items()}
+    row: Record = {side: float(token_nll(found, ids[-scored:]).mean()) for side, found in logits.items()}
     if "reference" in logits:
         exact, other = logits["reference"], logits["target"]
         row["kl"] = [round(value, 9) for value in divergences(exact, other).tolist()]
@@ -263,8 +281,9 @@ def _text_record(text: EvalText, rows: Sequence[Record], *, compared: bool) -> R
     sides = ("target", "reference") if compared else ("target",)
     record: Record = {
         "name": text.path.name,
-        "protocol": "one string, windows without overlap" if text.wikitext else "documents with end-of-text between",
+        "protocol": text.protocol,
         "window": text.window,
+        "stride": text.stride or text.window,
         "windows": len(rows),
         **{side: _loss([row[side] for row in rows]) for side in sides},
     }
@@ -350,7 +369,7 @@ def _fingerprint(config: EvalConfig, folders: dict[str, Path], tasks: Mapping[st
         "sources": sources,
         "tasks": {name: hashlib.sha256(repr(items).encode()).hexdigest() for name, items in tasks.items()},
         "runtimes": [config.runtime, config.reference_runtime],
-        "texts": [[text.wikitext, text.window, text.windows] for text in config.texts],
+        "texts": [[text.wikitext, text.window, text.windows, text.stride] for text in config.texts],
     }
 
 

@@ -81,21 +81,32 @@ def read_wikitext(path: Path) -> str:
         raise TextError(f"'{path}' cannot be read as UTF-8 text ({error}); check the path", path=path) from error
 
 
-def cut_windows(tokens: Sequence[int] | NDArray[np.integer[Any]], window: int, count: int | None) -> NDArray[np.int64]:
-    """The first `count` windows (None: all) of `window` tokens without overlap; the tail is dropped.
+def cut_windows(
+    tokens: Sequence[int] | NDArray[np.integer[Any]], window: int, count: int | None, stride: int | None = None
+) -> NDArray[np.int64]:
+    """The first `count` windows (None: all) of `window` tokens; the tail is dropped.
+
+    Args:
+        tokens: a text's.
+        window: tokens in each.
+        count: how many.
+        stride: tokens from the beginning of one to that of the next; None is `window`, so that none overlap.
 
     Returns: (count, window) int64.
 
     Raises:
-        ConfigError: window below 2 (nothing to score) or count below 1.
+        ConfigError: window below 2 (nothing to score), count below 1, or a stride that is not in 1 … window.
         TextError: the text fills fewer windows than asked for.
     """
     if window < 2:
         raise ConfigError(f"window is {window}, but the first token is never scored; give at least 2", field="window")
     if count is not None and count < 1:
         raise ConfigError(f"count is {count}; give at least 1 window, or leave it out for all", field="count")
+    step = window if stride is None else stride
+    if not 1 <= step <= window:
+        raise ConfigError(f"stride is {step}; give 1 … {window}, the window's own length", field="stride")
     stream = np.asarray(tokens, dtype=np.int64)
-    whole = stream.size // window
+    whole = max(0, (stream.size - window) // step + 1)
     if whole < (count or 1):
         raise TextError(
             f"the text has {stream.size} tokens, which fill {whole} windows of {window}; {count or 1} are needed: "
@@ -104,7 +115,7 @@ def cut_windows(tokens: Sequence[int] | NDArray[np.integer[Any]], window: int, c
             window=window,
         )
     taken = whole if count is None else count
-    return stream[: taken * window].reshape(taken, window)
+    return np.stack([stream[first : first + window] for first in range(0, taken * step, step)])
 
 
 def token_nll(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.float64]:

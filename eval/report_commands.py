@@ -45,6 +45,8 @@ def _eval_command(source: Source) -> str:
         words += [option, *names] if names else []
     if texts:
         words += ["--window", texts[0]["window"], "--windows", max(text["windows"] for text in texts)]
+        stride = texts[0].get("stride", texts[0]["window"])
+        words += ["--stride", stride] if stride != texts[0]["window"] else []
     if tasks:
         ours = any(task.get("source", "").endswith(".jsonl") or "source" not in task for task in tasks)
         # A file with fewer items than the limit is read whole, as it was.

@@ -27,6 +27,13 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--windows", type=int, default=16, metavar="N", help="of each text; 0 takes all (default: %(default)s)"
     )
+    parser.add_argument(
+        "--stride",
+        type=int,
+        default=None,
+        metavar="N",
+        help="tokens from one window to the next, each of which scores its last N (default: --window)",
+    )
     parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="hellaswag, piqa, arc_easy, …, or all")
     parser.add_argument(
         "--task-folder",
@@ -50,7 +57,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     from losa_export.eval.tasks import TASKS
 
     texts = tuple(
-        EvalText(path, wikitext, arguments.window, arguments.windows or None)
+        EvalText(path, wikitext, arguments.window, arguments.windows or None, arguments.stride)
         for paths, wikitext in ((arguments.wikitext, True), (arguments.text, False))
         for path in paths
     )

@@ -68,6 +68,20 @@ def record(work: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     return found
 
 
+def test_a_stride_scores_the_last_tokens_of_overlapping_windows(work: Path, tmp_path: Path) -> None:
+    text = EvalText(work / "text.txt", False, 32, 3, 8)
+    found = evaluate(config(work, tmp_path / "eval.json", texts=(text,), tasks=()), show_progress=False)["texts"][0]
+    assert (found["window"], found["windows"], found["stride"]) == (32, 3, 8)
+    assert found["protocol"] == "documents with end-of-text between, a window every 8 tokens"
+    runtime = _runtime(work / "onnx")
+    windows = evaluation._windows(text, work / "onnx", load_tokenizer(work / "onnx"), runtime)
+    np.testing.assert_array_equal(windows[0, 8:], windows[1, :-8])
+    for ids, nll in zip(windows, found["target"]["window_nll"], strict=True):
+        logits = runtime.prefill(runtime.new_state(1, 32), 0, ids).astype(np.float64)
+        every = np.log(np.exp(logits[:-1]).sum(axis=1)) - np.take_along_axis(logits[:-1], ids[1:, None], axis=1)[:, 0]
+        assert nll == pytest.approx(every[-8:].mean(), rel=1e-5)
+
+
 def test_losses_are_those_of_each_side_alone(work: Path, record: dict[str, Any]) -> None:
     (text,) = record["texts"]
     windows = evaluation._windows(

@@ -99,6 +99,8 @@ def test_the_real_test_text_keeps_one_newline_a_line_and_two_between_lines(share
 def test_windows_do_not_overlap_and_the_tail_is_dropped():
     np.testing.assert_array_equal(cut_windows(range(11), 3, None), [[0, 1, 2], [3, 4, 5], [6, 7, 8]])
     np.testing.assert_array_equal(cut_windows(range(11), 3, 2), [[0, 1, 2], [3, 4, 5]])
+    np.testing.assert_array_equal(cut_windows(range(8), 4, None, 2), [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7]])
+    np.testing.assert_array_equal(cut_windows(range(8), 4, 1, 1), [[0, 1, 2, 3]])
 
 
 @pytest.mark.parametrize(
@@ -108,6 +110,9 @@ def test_windows_do_not_overlap_and_the_tail_is_dropped():
         (lambda: cut_windows(range(9), 2, 0), ConfigError, r"count is 0"),
         (lambda: cut_windows(range(9), 4, 3), TextError, r"has 9 tokens, which fill 2 windows of 4; 3 are needed"),
         (lambda: cut_windows([], 4, None), TextError, r"has 0 tokens"),
+        (lambda: cut_windows(range(9), 4, 1, 0), ConfigError, r"stride is 0; give 1 … 4"),
+        (lambda: cut_windows(range(9), 4, 1, 5), ConfigError, r"stride is 5"),
+        (lambda: cut_windows(range(9), 4, 4, 2), TextError, r"which fill 3 windows of 4; 4 are needed"),
     ],
 )
 def test_windows_that_cannot_be_cut_are_refused(call, error, message):
