@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from multiprocessing import Pipe
 from typing import Any, Protocol, Self
 
@@ -16,6 +17,7 @@ from losa_export.runtimes.isolated import IsolatedEngine, borrowing
 # Not `-m`: that would import the module twice, once as __main__.
 WORKER_PROGRAM = "from losa_export.eval.worker import main; main()"
 _LAST_BYTES = 2000
+_LONGEST_WAIT_S = 0.5
 
 
 class Engine(Protocol):
@@ -97,7 +99,7 @@ class EngineProcess:
         """
         try:
             self._connection.send((command, arguments))
-            if not self._connection.poll(self._timeout_s):
+            if not self._answered():
                 self.close()
                 raise RuntimeFailureError(
                     f"{self.label} gave no answer to '{command}' within {self._timeout_s:g} s and was ended; "
@@ -134,6 +136,15 @@ class EngineProcess:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _answered(self) -> bool:
+        # In short waits: an interrupt between Python's last look at its signals and the system's wait is seen only
+        # when that wait ends.
+        deadline = time.monotonic() + self._timeout_s
+        while (left := deadline - time.monotonic()) > 0:
+            if self._connection.poll(min(left, _LONGEST_WAIT_S)):
+                return True
+        return False
 
     def _death(self, command: str) -> RuntimeFailureError:
         try:

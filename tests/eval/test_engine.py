@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -92,14 +93,29 @@ def test_a_closed_engine_cannot_be_asked():
         engine.call("memory")
 
 
-def test_an_interrupt_of_the_parent_ends_the_child(tmp_path):
+# The signal comes between Python's last look at its signals and the system's wait, so that this wait does not end.
+UNSEEN_AT_FIRST = """
+wait = engine._connection.poll
+def poll(timeout):
+    if timeout:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        print(engine.pid, flush=True)
+    try:
+        return wait(timeout)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+engine._connection.poll = poll
+"""
+
+
+@pytest.mark.parametrize("moment", ["print(engine.pid, flush=True)", UNSEEN_AT_FIRST], ids=["any", "before a wait"])
+def test_an_interrupt_of_the_parent_ends_the_child(moment):
     program = (
         "import signal, sys\n"
         "from losa_export.eval.engine import EngineProcess\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"with EngineProcess('the child', timeout_s=600, program={child('time.sleep(600)')!r}) as engine:\n"
-        "    print(engine._process.pid, flush=True)\n"
-        "    engine.call('load')\n"
+        f"engine = EngineProcess('the child', timeout_s=600, program={child('time.sleep(600)')!r})\n"
+        "with engine:\n" + textwrap.indent(f"{moment}\nengine.call('load')\n", "    ")
     )
     parent = subprocess.Popen(
         [sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -107,6 +123,9 @@ def test_an_interrupt_of_the_parent_ends_the_child(tmp_path):
     with parent:
         pid = int(parent.stdout.readline())
         parent.send_signal(signal.SIGINT)
-        parent.wait(timeout=30)
+        try:
+            parent.wait(timeout=30)
+        finally:
+            parent.kill()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
