@@ -25,13 +25,19 @@ if TYPE_CHECKING:
 
 WeightsChoice = Literal["auto", "sparse", "dense"]
 ValuesChoice = Literal["fp32", "bf16", "int8", "int4"]
-HeadChoice = Literal["auto", "fp32", "bf16", "int8", "int4"]
+TableChoice = Literal["auto", "fp32", "bf16", "int8", "int4"]
 ActivationsChoice = Literal["int16", "int8"]
 
 GROUPS = (32, 64, 128)
 
-# Four bits a weight cost a head more than they save: its errors reach the answer directly.
-_HEAD_FOR_VALUES: dict[ValuesChoice, HeadChoice] = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8"}
+# Errors of a head of four bits reach the answer directly, so it must be asked for. An embedding of four bits saves
+# nothing but disk, since a token reads one row of it.
+_TABLE_FOR: dict[ValuesChoice | TableChoice, TableChoice] = {
+    "fp32": "fp32",
+    "bf16": "bf16",
+    "int8": "int8",
+    "int4": "int8",
+}
 
 # Said in the manifest, since it surprises.
 _FOLDING_NOTE = (
@@ -55,12 +61,14 @@ class ExportConfig:
         weights: 'auto' is sparse for a sparse checkpoint, but for profile 'deepsparse', whose engine finds the zeros
             of ordinary matrices.
         values: type of the linears' values, of the non-zeros where they are sparse.
-        head: type of the head and the embedding; 'auto' is that of the values, but int8 for int4.
+        head: type of the head; 'auto' is that of the values, but int8 for int4.
+        embedding: type of the embedding; 'auto' is that of the head, but int8 for int4. Where both are tied, and of one
+            type, they are stored once.
         group: columns that share a scale, for int8 and int4.
         activations: to what our kernels round activations before they meet int8 and int4 weights of the linears;
             the head always takes int16.
-        calibration: text files; int8 and int4 values are rounded for the least error of outputs on them. None needs
-            no text, and no torch.
+        calibration: text files; int8 and int4 values, and a head of int4, are rounded for the least error of outputs on
+            them. None needs no text, and no torch.
         calibration_windows: how many windows of it are looked at.
         gate: compare the answers with the source's before the folder appears.
         overwrite: replace a non-empty output folder.
@@ -74,7 +82,8 @@ class ExportConfig:
     profile: ProfileChoice = "auto"
     weights: WeightsChoice = "auto"
     values: ValuesChoice = "fp32"
-    head: HeadChoice = "auto"
+    head: TableChoice = "auto"
+    embedding: TableChoice = "auto"
     group: int = 128
     activations: ActivationsChoice = "int16"
     calibration: tuple[Path, ...] = ()
@@ -89,7 +98,8 @@ class ExportConfig:
             "profile": ProfileChoice,
             "weights": WeightsChoice,
             "values": ValuesChoice,
-            "head": HeadChoice,
+            "head": TableChoice,
+            "embedding": TableChoice,
             "activations": ActivationsChoice,
             "exporter": ExporterChoice,
         }
@@ -99,10 +109,11 @@ class ExportConfig:
                 raise ConfigError(
                     f"ExportConfig.{name} is '{value}'; choose one of {', '.join(get_args(kind))}", field=name
                 )
-        if self.profile == "deepsparse" and (self.weights == "sparse" or {self.values, self.head} - {"fp32", "auto"}):
+        types = {self.values, self.head, self.embedding}
+        if self.profile == "deepsparse" and (self.weights == "sparse" or types - {"fp32", "auto"}):
             raise ConfigError(
                 "ExportConfig.profile is 'deepsparse', whose engine does not know our operators: it takes dense fp32 "
-                "weights, and finds their zeros itself; leave weights, values and head out",
+                "weights, and finds their zeros itself; leave weights, values, head and embedding out",
                 field="profile",
             )
         if self.group not in GROUPS:
@@ -129,9 +140,14 @@ class ExportConfig:
         return "dense" if self.profile == "deepsparse" else None
 
     @property
-    def chosen_head(self) -> HeadChoice:
+    def chosen_head(self) -> TableChoice:
         """`head`, 'auto' resolved."""
-        return _HEAD_FOR_VALUES[self.values] if self.head == "auto" else self.head
+        return _TABLE_FOR[self.values] if self.head == "auto" else self.head
+
+    @property
+    def chosen_embedding(self) -> TableChoice:
+        """`embedding`, 'auto' resolved."""
+        return _TABLE_FOR[self.chosen_head] if self.embedding == "auto" else self.embedding
 
 
 @dataclass(frozen=True)
@@ -261,6 +277,15 @@ def _rounding(
     return load_rounding(config.source, text.windows, config.values, config.group, on_rounded)
 
 
+def _head_by_text(config: ExportConfig, exporter: Exporter) -> int:
+    """How many weights of the head are rounded by calibration text."""
+    spec = exporter.facts
+    if config.chosen_head != "int4" or not isinstance(spec, DecoderSpec):
+        return 0
+    shared = spec.tied_embeddings and config.chosen_embedding == "int4"
+    return 0 if shared else spec.vocab_size * spec.embedding_size
+
+
 def _write_model(
     config: ExportConfig, checkpoint: Checkpoint, exporter: Exporter, text: CalibrationText | None, folder: Path
 ) -> dict[str, Any]:
@@ -281,10 +306,10 @@ def _write_model(
     from losa_export.graph.zeros import zeros_record
 
     plan = plan_sparsity(checkpoint, exporter.source, exporter.linears, config.chosen_weights)
-    head = config.chosen_head
+    head, embedding = config.chosen_head, config.chosen_embedding
     activation_bits = 16 if config.activations == "int16" else 8
     weights, linears = exporter.weight_count, sum(rows * columns for rows, columns in exporter.linears.values())
-    task, work = ("building", weights) if text is None else ("rounding", linears)
+    task, work = ("building", weights) if text is None else ("rounding", linears + _head_by_text(config, exporter))
     with (
         Progress(task, work / 1e6, "M weights", enabled=config.progress) as progress,
         ExternalDataWriter(folder) as writer,
@@ -293,6 +318,7 @@ def _write_model(
         def advance(count: int) -> None:
             progress.advance(count / 1e6)
 
+        rounding = _rounding(config, text, advance)
         store = WeightStore(
             exporter.source,
             writer,
@@ -300,7 +326,9 @@ def _write_model(
             value_format(config.values, group=config.group, activation_bits=activation_bits),
             # The head keeps 16 bits: with 8, it alone loses as much as all linears together, for little speed.
             value_format(head, group=config.group),
-            rounding=_rounding(config, text, advance),
+            value_format(embedding, group=config.group),
+            rounding=rounding,
+            head_rounding=rounding.head if rounding is not None and head == "int4" else None,
         )
         if text is None:
             store.on_written = advance
@@ -321,8 +349,8 @@ def _write_model(
         check_digests(sparse, plan.digests)
     zeros = zeros_record(written, exporter.linears) if plan.digests and not plan.store_sparse else {}
     types = StoredTypes()
-    if sparse or (config.values, head) != ("fp32", "fp32"):
-        types = StoredTypes.settled(config.values, head, config.group, config.activations)
+    if sparse or {config.values, head, embedding} != {"fp32"}:
+        types = StoredTypes.settled(config.values, head, embedding, config.group, config.activations)
     return {
         "format": MANIFEST_FORMAT,
         "versions": versions(*exporter.packages),

@@ -36,7 +36,8 @@ class StoredTypes:
 
     Attributes:
         values: type of the linears' values.
-        head: type of the head and the embedding.
+        head: type of the head.
+        embedding: type of the embedding.
         group: columns that share a scale, None where nothing has scales.
         activations: what our kernels round those of the linears to, None where they round none. The head's, which have
             16 bits, are named where linears have none.
@@ -44,24 +45,27 @@ class StoredTypes:
 
     values: str | None = None
     head: str | None = None
+    embedding: str | None = None
     group: int | None = None
     activations: str | None = None
 
     @classmethod
-    def settled(cls, values: str, head: str, group: int, activations: str) -> StoredTypes:
+    def settled(cls, values: str, head: str, embedding: str, group: int, activations: str) -> StoredTypes:
         """As chosen, without what these types do not use."""
-        scaled = [kind for kind in (values, head) if kind in ("int8", "int4")]
-        rounded = (activations if values in scaled else "int16") if scaled else None
-        return cls(values, head, group if scaled else None, rounded)
+        scaled = [kind for kind in (values, head, embedding) if kind in ("int8", "int4")]
+        rounded = (activations if values in scaled else "int16") if {values, head}.intersection(scaled) else None
+        return cls(values, head, embedding, group if scaled else None, rounded)
 
     @property
     def rounds(self) -> bool:
         """Whether some weights are not the checkpoint's to the last bit."""
-        return not {self.values, self.head} <= {None, "fp32"}
+        return not {self.values, self.head, self.embedding} <= {None, "fp32"}
 
     def __str__(self) -> str:
-        scaled = f" (groups of {self.group}, {self.activations} activations)" if self.group else ""
-        return f"{self.values}, head {self.head}{scaled}"
+        details = [f"groups of {self.group}"] if self.group else []
+        details += [f"{self.activations} activations"] if self.activations else []
+        embedding = f", embedding {self.embedding}" if self.embedding != self.head else ""
+        return f"{self.values}, head {self.head}{embedding}" + (f" ({', '.join(details)})" if details else "")
 
 
 def is_installed(package: str) -> bool:
@@ -132,7 +136,7 @@ def _check_deviation(truth: Reference, runtime: OrtRuntime, types: StoredTypes) 
     from losa_export.eval.parity import deviation
 
     found = deviation(truth, runtime)
-    limit = max(_MOST_KL[kind] for kind in (types.values, types.head) if kind is not None)
+    limit = max(_MOST_KL[kind] for kind in (types.values, types.head, types.embedding) if kind is not None)
     if types.activations == "int8" and runtime.name != "ort-stock":
         limit = max(limit, _MOST_KL_OF_INT8_ACTIVATIONS)
     if found.kl_mean > limit:

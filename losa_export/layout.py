@@ -8,6 +8,9 @@ from functools import cached_property
 
 from losa_export.errors import UnsupportedArchitectureError
 
+# What a tied head is called where it is stored apart from the embedding.
+TIED_HEAD = "lm_head.weight"
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -28,7 +31,7 @@ class Layout:
     norms: tuple[str, str]
     embedding: str
     final_norm: str
-    head: str = "lm_head.weight"
+    head: str = TIED_HEAD
 
     @cached_property
     def linears(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from losa_export.checkpoint import open_checkpoint
 from losa_export.errors import CheckpointError, FormatError, LosaError, MissingDependencyError, RuntimeFailureError
 from losa_export.files import write_bytes_atomic
+from losa_export.layout import TIED_HEAD
 from losa_export.text import load_tokenizer
 
 REFERENCE_FILE = "reference.safetensors"
@@ -203,7 +204,7 @@ def _take_weights(model: Any, exported: Path) -> None:
 
     with torch.no_grad():
         for name, weight in read_weights(check_external_data(exported)):
-            parameter = model.get_parameter(name)
+            parameter = _own_parameter(model, name)
             if tuple(parameter.shape) != weight.shape:
                 raise FormatError(
                     f"'{exported}' stores '{name}' as {weight.shape}, the checkpoint's is {tuple(parameter.shape)}; "
@@ -211,6 +212,18 @@ def _take_weights(model: Any, exported: Path) -> None:
                     tensor=name,
                 )
             parameter.copy_(torch.from_numpy(weight))
+
+
+def _own_parameter(model: Any, name: str) -> Any:
+    """A parameter by its name in a file. A tied head that is stored apart is untied first."""
+    from torch import nn
+
+    if name != TIED_HEAD:
+        return model.get_parameter(name)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    return head.weight
 
 
 def _top(logits: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

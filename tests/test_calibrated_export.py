@@ -73,6 +73,35 @@ def test_every_layout_holds_weights_that_pass_the_gate(
             assert not weight[exact == 0].any()
 
 
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_a_head_of_four_bits_is_rounded_by_the_text_too(
+    values: str, sparse: Path, tiny_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export_onnx(config(sparse, tmp_path / "plain", None, values=values, head="int4"))
+    report = export_onnx(
+        config(sparse, tmp_path / "onnx", tiny_text, values=values, head="int4", gate=True, progress=True)
+    )
+    # 0.0922 of the linears, and the head
+    assert "rounding: 0.1/0.1 M weights, done in" in capsys.readouterr().err
+    assert report.gate is not None
+    assert report.gate["against"] == "checkpoint with the stored weights"
+    plain, found = stored(tmp_path / "plain"), stored(tmp_path / "onnx")
+    assert np.any(found["lm_head.weight"] != plain["lm_head.weight"])
+    np.testing.assert_array_equal(found["model.embed_tokens.weight"], plain["model.embed_tokens.weight"])
+
+
+def test_a_table_that_is_head_and_embedding_is_rounded_without_text(
+    sparse: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    """What suits the head's outputs does not suit the embedding's."""
+    tables = {"head": "int4", "embedding": "int4"}
+    export_onnx(config(sparse, tmp_path / "plain", None, **tables))
+    export_onnx(config(sparse, tmp_path / "onnx", tiny_text, **tables))
+    plain, found = stored(tmp_path / "plain"), stored(tmp_path / "onnx")
+    assert "lm_head.weight" not in found
+    np.testing.assert_array_equal(found["model.embed_tokens.weight"], plain["model.embed_tokens.weight"])
+
+
 def test_the_manifest_says_what_the_weights_were_rounded_by(sparse: Path, tiny_text: Path, tmp_path: Path) -> None:
     export_onnx(config(sparse, tmp_path / "onnx", tiny_text))
     record = json.loads((tmp_path / "onnx" / "export.json").read_text())["calibration"]

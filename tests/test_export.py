@@ -8,7 +8,7 @@ import re
 import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -410,16 +410,39 @@ def test_the_head_may_be_of_another_type_than_the_values(values: str, head: str,
     report = export_onnx(quick(pruned, tmp_path / "onnx", values=values, head=head, group=64))
     record = manifest(tmp_path / "onnx")
     scaled = "int8" in (values, head) or head == "int4"
-    expected = (values, head, 64 if scaled else None, "int16" if scaled else None)
-    assert (record["values"], record["head"], record["group"], record["activations"]) == expected
-    assert report.types == StoredTypes(*expected)
+    embedding = "int8" if head == "int4" else head
+    expected = StoredTypes(values, head, embedding, 64 if scaled else None, "int16" if scaled else None)
+    assert {name: record[name] for name in asdict(expected)} == asdict(expected)
+    assert report.types == expected
     operators = {node.op_type for node in check_external_data(tmp_path / "onnx").proto.graph.node}
     assert ("SkipNormDenseMatMul" + head.capitalize() in operators) is (head != "fp32")
-    expected_text = f"sparse {values}, head {head}" + (" (groups of 64, int16 activations)" if scaled else "")
-    assert expected_text in str(report)
+    expected_text = f"sparse {values}, head {head}" + (", embedding int8" if head == "int4" else "")
+    assert expected_text + (" (groups of 64, int16 activations)" if scaled else "") in str(report)
     tables = {name for name in stored_weights(tmp_path / "onnx") if "_proj" not in name}
     tied = open_checkpoint(pruned).config["tie_word_embeddings"]
-    assert len(tables) == (0 if head == "fp32" else 1 if tied else 2)
+    assert len(tables) == (0 if head == "fp32" else 1 if tied and head == embedding else 2)
+
+
+@pytest.mark.parametrize("profile", ["ort", "standard"])
+@pytest.mark.parametrize(
+    ("head", "embedding"), [("int4", "int8"), ("int4", "fp32"), ("fp32", "int8"), ("int8", "int4")]
+)
+def test_head_and_embedding_of_different_types_are_two_tables(
+    head: str, embedding: str, profile: str, pruned: Path, tmp_path: Path
+) -> None:
+    """The gate computes with what the file holds, so each table must be taken for what it is."""
+    types = {"values": "int8", "head": head, "embedding": embedding, "group": 32}
+    report = export_onnx(quick(pruned, tmp_path / "onnx", gate=True, profile=profile, **types))
+    assert f"head {head}, embedding {embedding} (groups of 32" in str(report)
+    assert report.gate is not None
+    assert report.gate["against"] == "checkpoint with the stored weights"
+    stored = {name for name in stored_weights(tmp_path / "onnx") if "_proj" not in name}
+    assert len(stored) == 2 - [head, embedding].count("fp32")
+    names = check_external_data(tmp_path / "onnx").tensors
+    assert any(name.startswith("lm_head.weight") for name in names)
+    assert any(name.startswith("model.embed_tokens.weight") for name in names)
+    with pytest.raises(ConfigError, match=r"ExportConfig\.embedding is 'int2'; choose one of auto, fp32"):
+        quick(pruned, tmp_path / "onnx", embedding="int2")
 
 
 def test_activations_are_an_attribute_of_each_product(sparse: Path, tmp_path: Path) -> None:

@@ -48,21 +48,21 @@ def capture_block_inputs(
     batches = []
     for part in torch.split(windows, batch_size):
         calls: list[tuple[Tensor, dict[str, Any]]] = []
-        with _stubbed(blocks, calls):
+
+        def stub(*arguments: Any, _calls: list[tuple[Tensor, dict[str, Any]]] = calls, **keywords: Any) -> Tensor:
+            hidden: Tensor = keywords.pop("hidden_states") if "hidden_states" in keywords else arguments[0]
+            _calls.append((hidden, keywords))
+            return hidden
+
+        with _stubbed(blocks, stub):
             model.get_submodule("model")(input_ids=part.to(device), use_cache=False)
         batches.append(BlockBatch(calls[0][0].cpu(), [arguments for _, arguments in calls]))
     return batches
 
 
 @contextlib.contextmanager
-def _stubbed(blocks: Sequence[nn.Module], calls: list[tuple[Tensor, dict[str, Any]]]) -> Iterator[None]:
-    """Within the block, decoder blocks hand their input on unchanged, and `calls` collects how they were called."""
-
-    def stub(*arguments: Any, **keywords: Any) -> Tensor:
-        hidden: Tensor = keywords.pop("hidden_states") if "hidden_states" in keywords else arguments[0]
-        calls.append((hidden, keywords))
-        return hidden
-
+def _stubbed(blocks: Sequence[nn.Module], stub: Callable[..., Tensor]) -> Iterator[None]:
+    """Within the block, `stub` stands for each decoder block."""
     for block in blocks:
         block.forward = stub  # shadows the class's method for a while
     try:
@@ -82,6 +82,48 @@ def run_block(block: nn.Module, index: int, batch: BlockBatch) -> Tensor:
     output = block(batch.hidden.to(device), **batch.keyword_arguments[index])
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden.cpu()
+
+
+class _ReachedError(Exception):
+    """Thrown out of a model once what was looked for is known."""
+
+
+@torch.no_grad()
+def inputs_of(run: Callable[[], object], module: nn.Module) -> Tensor:
+    """What `module` reads while `run` computes, which goes no further: (tokens, K) float32."""
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        found.append(by_token(inputs))
+        raise _ReachedError
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        with contextlib.suppress(_ReachedError):
+            run()
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def head_inputs(model: nn.Module, blocks: Sequence[nn.Module], batch: BlockBatch) -> Tensor:
+    """What the head reads where the last block left `batch.hidden`: (tokens, K) float32.
+
+    Args:
+        model: the causal language model of transformers.
+        blocks: its decoder blocks, which do not run.
+        batch: of some windows.
+    """
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    ids = torch.zeros(batch.hidden.shape[:2], dtype=torch.int64)
+    with _stubbed(blocks, lambda *_, **__: batch.hidden):
+        return inputs_of(lambda: model(input_ids=ids, use_cache=False), head)
+
+
+def by_token(inputs: tuple[Any, ...]) -> Tensor:
+    """What a linear is called with: (tokens, K) float32."""
+    read: Tensor = inputs[0].flatten(0, -2).float()
+    return read
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Rounding a model's linears one after another, each on the inputs that the ones before it leave.
+"""Rounding a model's linears one after another, each on the inputs that the ones before it leave; then its head.
 
 Two copies of the hidden states walk through the blocks: as the checkpoint computes them, and as the rounded linears do.
 When a linear is asked for, the latter are run up to it, and the second moments of what it reads from either say how to
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,9 +22,16 @@ from torch import Tensor, nn
 from losa_export.compensate import InputMoments, compensated_int4, compensated_int8
 from losa_export.errors import CheckpointError
 from losa_export.layout import layout_of
-from losa_export.quantise import Bool, Float32, Rounded
+from losa_export.quantise import Bool, Float32, Int4Weight, Rounded
 from losa_export.reference import load_model
-from losa_export.training.calibration import BlockBatch, capture_block_inputs, run_block
+from losa_export.training.calibration import (
+    BlockBatch,
+    by_token,
+    capture_block_inputs,
+    head_inputs,
+    inputs_of,
+    run_block,
+)
 
 _WINDOWS_AT_ONCE = 8
 
@@ -50,6 +58,7 @@ class CalibratedRounding:
         self._on_rounded = on_rounded
         self._values = values
         self._group = group
+        self._model = model
         self._layout = layout_of(model)
         self._blocks = tuple(model.get_submodule(self._layout.blocks).children())
         self._checkpoint = capture_block_inputs(model, self._blocks, windows, _WINDOWS_AT_ONCE)
@@ -70,7 +79,8 @@ class CalibratedRounding:
         places = [self._layout.place(name) for name in names]
         index, paths = places[0][0], [path for _, path in places]
         while self._index < index:
-            self._leave()
+            self._advance()
+            self._enter(self._index + 1)
         moments = self._moments_of(self._layout.first_reader(paths[0]))
         rounded: Rounded
         if self._values == "int8":
@@ -87,6 +97,23 @@ class CalibratedRounding:
         self._on_rounded(weight.size)
         return rounded
 
+    def head(self, weight: Float32) -> Int4Weight:
+        """Round the head to int4, when all linears are rounded.
+
+        Args:
+            weight: (N, K) float32.
+
+        Raises: as calling it does.
+        """
+        self._advance()
+        sums = _MomentSums(weight.shape[1])
+        for exact, batch in zip(self._checkpoint, self._rounded, strict=True):
+            sums.add(*(head_inputs(self._model, self._blocks, one) for one in (batch, exact)))
+        moments = sums.moments("the last block gives the head")
+        rounded = compensated_int4(weight, np.ones(weight.shape, dtype=np.bool_), self._group, moments)
+        self._on_rounded(weight.size)
+        return rounded
+
     def _enter(self, index: int) -> None:
         """Before anything in block `index` is rounded: keep what the checkpoint reads there, and hand on its states."""
         self._index = index
@@ -94,7 +121,7 @@ class CalibratedRounding:
         self._exact_inputs: dict[str, list[Tensor]] = {group[0]: [] for group in self._layout.inputs}
 
         def watch(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            return lambda _, inputs: self._exact_inputs[path].append(_by_token(inputs))
+            return lambda _, inputs: self._exact_inputs[path].append(by_token(inputs))
 
         block = self._blocks[index]
         with contextlib.ExitStack() as hooks:
@@ -103,29 +130,20 @@ class CalibratedRounding:
             for batch in self._checkpoint:
                 batch.hidden = run_block(block, index, batch)
 
-    def _leave(self) -> None:
-        """Hand the rounded hidden states on to the next block."""
+    def _advance(self) -> None:
+        """Hand the rounded hidden states on to the next block, or to the head."""
         for batch in self._rounded:
             batch.hidden = run_block(self._blocks[self._index], self._index, batch)
-        self._enter(self._index + 1)
 
     def _moments_of(self, path: str) -> InputMoments:
         """Moments of what linear `path` of the current block reads, computed when it is first asked for."""
         if path not in self._moments:
-            size = cast(nn.Linear, self._blocks[self._index].get_submodule(path)).in_features
-            tokens, gram, cross = 0, torch.zeros(size, size), torch.zeros(size, size)
+            index, block = self._index, self._blocks[self._index]
+            linear = cast(nn.Linear, block.get_submodule(path))
+            sums = _MomentSums(linear.in_features)
             for exact, batch in zip(self._exact_inputs.pop(path), self._rounded, strict=True):
-                inputs = _inputs_of(self._blocks[self._index], self._index, path, batch)
-                gram += inputs.T @ inputs
-                cross += inputs.T @ exact
-                tokens += len(inputs)
-            if not bool(torch.isfinite(gram).all() & torch.isfinite(cross).all()):
-                raise CheckpointError(
-                    f"block {self._index} gives '{path}' inputs that are not finite on the calibration text; mend the "
-                    "checkpoint, or export without --calibration",
-                    block=self._index,
-                )
-            self._moments[path] = InputMoments((gram / tokens).numpy(), (cross / tokens).numpy())
+                sums.add(inputs_of(partial(run_block, block, index, batch), linear), exact)
+            self._moments[path] = sums.moments(f"block {index} gives '{path}'")
         return self._moments[path]
 
 
@@ -144,29 +162,24 @@ def load_rounding(
     return CalibratedRounding(model, torch.from_numpy(windows), values, group, on_rounded)
 
 
-class _ReachedError(Exception):
-    """Thrown out of a block once its inputs are known."""
+class _MomentSums:
+    """`InputMoments` of inputs that come batch by batch."""
 
+    def __init__(self, size: int) -> None:
+        self._tokens = 0
+        self._gram, self._cross = torch.zeros(size, size), torch.zeros(size, size)
 
-@torch.no_grad()
-def _inputs_of(block: nn.Module, index: int, path: str, batch: BlockBatch) -> Tensor:
-    """What linear `path` of a block reads: (tokens, K) float32. The block runs no further."""
-    found: list[Tensor] = []
+    def add(self, rounded: Tensor, exact: Tensor) -> None:
+        """Some tokens: (tokens, K) float32 as rounded linears give them, and as the checkpoint does."""
+        self._gram += rounded.T @ rounded
+        self._cross += rounded.T @ exact
+        self._tokens += len(rounded)
 
-    def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        found.append(_by_token(inputs))
-        raise _ReachedError
-
-    handle = block.get_submodule(path).register_forward_pre_hook(stop)
-    try:
-        with contextlib.suppress(_ReachedError):
-            run_block(block, index, batch)
-    finally:
-        handle.remove()
-    return found[0]
-
-
-def _by_token(inputs: tuple[Any, ...]) -> Tensor:
-    """What a linear is called with: (tokens, K) float32."""
-    read: Tensor = inputs[0].flatten(0, -2).float()
-    return read
+    def moments(self, whose: str) -> InputMoments:
+        """Of all tokens so far. Raises: CheckpointError, which says `whose` inputs are not finite."""
+        if not bool(torch.isfinite(self._gram).all() & torch.isfinite(self._cross).all()):
+            raise CheckpointError(
+                f"{whose} inputs that are not finite on the calibration text; mend the checkpoint, or export without "
+                "--calibration"
+            )
+        return InputMoments((self._gram / self._tokens).numpy(), (self._cross / self._tokens).numpy())

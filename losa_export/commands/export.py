@@ -43,7 +43,13 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         "--head",
         choices=("auto", "fp32", "bf16", "int8", "int4"),
         default="auto",
-        help="type of head and embedding (default: that of the values, but int8 for int4)",
+        help="type of the head (default: that of the values, but int8 for int4)",
+    )
+    parser.add_argument(
+        "--embedding",
+        choices=("auto", "fp32", "bf16", "int8", "int4"),
+        default="auto",
+        help="type of the embedding (default: the head's, but int8 for int4)",
     )
     parser.add_argument(
         "--group",
@@ -64,7 +70,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=(),
         metavar="FILE",
-        help="round int8 and int4 values for the least error on these .txt or .jsonl files; needs torch, and minutes",
+        help="round int8 and int4 values, and an int4 head, for the least error on these .txt or .jsonl files; needs"
+        " torch, and minutes",
     )
     parser.add_argument(
         "--calibration-windows", type=int, default=32, metavar="N", help="of 512 tokens (default: %(default)s)"
@@ -89,6 +96,7 @@ def _export(arguments: argparse.Namespace) -> int:
             weights=arguments.weights,
             values=arguments.values,
             head=arguments.head,
+            embedding=arguments.embedding,
             group=arguments.group,
             activations=arguments.activations,
             calibration=tuple(arguments.calibration),

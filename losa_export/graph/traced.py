@@ -126,11 +126,11 @@ def _put_tables(traced: TracedDecoder, store: WeightStore) -> None:
     gathers = [node for node, place in table.uses() if node.op_type == "Gather" and place == 0] if table else []
     heads = _head_products(graph.initializers.get(traced.head), gathers)
     if not gathers or not heads:
-        if not store.head_format.stores_dense:
+        if not (store.head_format.stores_dense or store.embedding_format.stores_dense):
             return
         raise UnsupportedArchitectureError(
             f"head and embedding of a '{traced.facts.architecture}' are not where they can be rounded; export it with "
-            "--head fp32",
+            "--head fp32 --embedding fp32",
             architecture=traced.facts.architecture,
         )
     for gather in gathers:

@@ -16,6 +16,7 @@ from losa_export.graph.formats import DOMAIN, EncodedWeight, ValueFormat
 from losa_export.graph.nodes import NodeList
 from losa_export.graph.sparsity import SparsityPlan, TensorReader
 from losa_export.graph.stacking import METADATA_KEY, Part, describe, interleave, interleave_rounded
+from losa_export.layout import TIED_HEAD
 from losa_export.quantise import Rounded
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
@@ -23,11 +24,15 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 # Rounds linears that read the same x: (their names, rows (N, K) below each other, pattern) → the weight as stored.
 Rounding = Callable[[Sequence[str], NDArray[np.float32], NDArray[np.bool_]], Rounded]
 
+# Rounds the head (N, K), after all linears.
+HeadRounding = Callable[[NDArray[np.float32]], Rounded]
+
 
 @dataclass(frozen=True)
 class _Table:
-    """A written table: its tensors, and the attributes they were encoded with, none for an ordinary matrix."""
+    """A written table: its name, tensors, and the attributes they were encoded with, none for an ordinary matrix."""
 
+    name: str
     tensors: Sequence[ir.Value]
     attributes: Mapping[str, int]
 
@@ -41,9 +46,11 @@ class WeightStore:
         writer: where they go.
         plan: which linears are stored sparsely, and under which masks.
         value_format: how the values of linears are stored, sparse or not.
-        head_format: how the head and the embedding are stored.
+        head_format: how the head is stored.
+        embedding_format: how the embedding is. A tied table is stored once where both formats have one name.
         on_written: called with the number of weights after each tensor, for progress.
         rounding: rounds the values of linears to the value format; None leaves that to the format.
+        head_rounding: likewise those of a head that is not the embedding's table too.
         initializers: made so far, in file order.
     """
 
@@ -52,10 +59,12 @@ class WeightStore:
     plan: SparsityPlan
     value_format: ValueFormat
     head_format: ValueFormat
+    embedding_format: ValueFormat
     on_written: Callable[[int], None] = lambda count: None  # noqa: ARG005
     rounding: Rounding | None = None
+    head_rounding: HeadRounding | None = None
     initializers: list[ir.Value] = field(default_factory=list)
-    _tables: dict[str, _Table] = field(default_factory=dict)
+    _tables: dict[tuple[str, str], _Table] = field(default_factory=dict)
 
     def array(self, name: str, array: NDArray[np.generic]) -> ir.Value:
         """An initializer that is not from the checkpoint."""
@@ -70,10 +79,10 @@ class WeightStore:
 
     def embedding(self, nodes: NodeList, ids: ir.Value, name: str) -> ir.Value:
         """Append the rows `ids` of table `name`: (…, K) float32."""
-        table = self._table(name)
+        table = self._table(name, self.embedding_format)
         if not table.attributes:
             return nodes.add("Gather", [table.tensors[0], ids])
-        return self._on_table(nodes, self.head_format.embedding_op, ids, name)
+        return _on_table(nodes, self.embedding_format, self.embedding_format.embedding_op, ids, table)
 
     def head(
         self, nodes: NodeList, x: ir.Value, name: str, plain: Callable[[NodeList, ir.Value, ir.Value], ir.Value]
@@ -83,13 +92,13 @@ class WeightStore:
         Args:
             nodes: where to append.
             x: (…, K).
-            name: of a checkpoint tensor (N, K); the embedding's if they are tied, and then it is stored once.
+            name: of a checkpoint tensor (N, K); the embedding's if they are tied.
             plain: appends the product with an ordinary matrix (N, K).
         """
-        table = self._table(name)
+        table = self._table(name, self.head_format, self.head_rounding)
         if not table.attributes:
             return plain(nodes, x, table.tensors[0])
-        return self._on_table(nodes, self.head_format.dense_op, x, name, output="logits")
+        return _on_table(nodes, self.head_format, self.head_format.dense_op, x, table, output="logits")
 
     def exact_linear(self, nodes: NodeList, x: ir.Value, name: str, *, output: str | None = None) -> ir.Value:
         """Append x Wᵀ for a weight (N, K) outside the blocks, which is never pruned or rounded."""
@@ -149,25 +158,19 @@ class WeightStore:
         self.on_written(weight.size)
         return value
 
-    def _table(self, name: str) -> _Table:
-        """Embedding or head `name`, written when it is first asked for."""
-        if name not in self._tables:
-            if self.head_format.stores_dense:
-                tensor = self.source.read(name)
-                encoded = _encoded(name, lambda: self.head_format.encode_dense(tensor))
-                self._tables[name] = _Table(self._tensors(name, encoded), encoded.attributes)
-                self.on_written(tensor.size)
+    def _table(self, name: str, kind: ValueFormat, rounding: HeadRounding | None = None) -> _Table:
+        """Embedding or head `name` in a format, written when it is first asked for in it."""
+        if (name, kind.name) not in self._tables:
+            stored = TIED_HEAD if any(written == name for written, _ in self._tables) else name
+            tensor = self.source.read(name)
+            if kind.stores_dense:
+                encoded = _encoded(stored, lambda: kind.encode_dense(tensor, rounding(tensor) if rounding else None))
+                table = _Table(stored, self._tensors(stored, encoded), encoded.attributes)
             else:
-                self._tables[name] = _Table([self.plain(name)], {})
-        return self._tables[name]
-
-    def _on_table(self, nodes: NodeList, op_type: str, x: ir.Value, name: str, output: str | None = None) -> ir.Value:
-        """Append an operator of the head's format on table `name`."""
-        table = self._table(name)
-        attributes = {key: table.attributes[key] for key in self.head_format.attribute_names(op_type)}
-        y = nodes.add(op_type, [x, *table.tensors], attributes, domain=DOMAIN, output=output)
-        nodes.nodes[-1].metadata_props[METADATA_KEY] = describe([Part(name, attributes["N"])])
-        return y
+                table = _Table(stored, [self.array(stored, tensor)], {})
+            self._tables[name, kind.name] = table
+            self.on_written(tensor.size)
+        return self._tables[name, kind.name]
 
     def _tensors(self, stem: str, encoded: EncodedWeight) -> list[ir.Value]:
         return [self.array(f"{stem}.{name}", tensor) for name, tensor in encoded.tensors.items()]
@@ -234,6 +237,16 @@ class WeightStore:
         )
         self.initializers.append(value)
         return value
+
+
+def _on_table(
+    nodes: NodeList, kind: ValueFormat, op_type: str, x: ir.Value, table: _Table, output: str | None = None
+) -> ir.Value:
+    """Append an operator of a format on a table that is stored in it."""
+    attributes = {key: table.attributes[key] for key in kind.attribute_names(op_type)}
+    y = nodes.add(op_type, [x, *table.tensors], attributes, domain=DOMAIN, output=output)
+    nodes.nodes[-1].metadata_props[METADATA_KEY] = describe([Part(table.name, attributes["N"])])
+    return y
 
 
 def _rows(matrices: Sequence[NDArray[_Scalar]]) -> NDArray[_Scalar]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from losa_export.layout import LLAMA
-from losa_export.training.calibration import capture_block_inputs, input_square_sums, run_block
+from losa_export.layout import LAYOUTS, LLAMA
+from losa_export.training.calibration import capture_block_inputs, head_inputs, input_square_sums, run_block
 
 ModelMaker = Callable[..., nn.Module]
 MODELS = [
@@ -45,6 +45,27 @@ def test_blocks_run_one_by_one_give_the_hidden_states_of_the_model(
     expected = model.get_submodule("model")(input_ids=windows()).last_hidden_state
     # 1e-5: float32, other batch shapes may sum in another order
     torch.testing.assert_close(final, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [*MODELS, ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 16, "num_key_value_heads": 4})],
+)
+def test_what_the_head_reads_comes_through_all_that_follows_the_blocks(
+    make_model: ModelMaker, family: str, changes: dict[str, Any]
+) -> None:
+    model = make_model(family, **changes)
+    blocks = list(model.get_submodule(LAYOUTS[f"{family}ForCausalLM"].blocks).children())
+    [batch] = capture_block_inputs(model, blocks, windows(), 8)
+    for index, block in enumerate(blocks):
+        batch.hidden = run_block(block, index, batch)
+    expected: list[Tensor] = []
+    head: nn.Module = model.get_output_embeddings()
+    with head.register_forward_pre_hook(lambda _, inputs: expected.append(inputs[0])):
+        logits = model(input_ids=windows()).logits
+    found = head_inputs(model, blocks, batch)
+    torch.testing.assert_close(found, expected[0].flatten(0, 1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(model(input_ids=windows()).logits, logits)
 
 
 def test_capturing_leaves_the_model_as_it_was(make_model: ModelMaker) -> None:

@@ -77,6 +77,26 @@ def test_the_model_answers_nearer_to_its_exact_self_than_after_plain_rounding(
     assert (found - truth).square().mean() < 0.8 * (other - truth).square().mean()
 
 
+def test_the_head_makes_up_for_its_own_errors_and_for_those_of_rounded_linears(make_model: ModelMaker) -> None:
+    exact = make_model("Llama")
+    keeps = prune(exact)
+    ours = copy.deepcopy(exact)
+    done: list[int] = []
+    rounding = CalibratedRounding(ours, windows(1), "int4", 32, done.append)
+    round_all(ours, keeps, rounding)
+    head = exact.get_parameter("lm_head.weight").detach().numpy()
+    everything = np.ones(head.shape, dtype=np.bool_)
+    del done[:]
+    rounded = rounding.head(head).dequantise(everything)
+    assert done == [head.size]
+    with torch.no_grad():
+        truth = exact(input_ids=windows(2)).logits.numpy()
+        hidden = ours.get_submodule("model")(input_ids=windows(2)).last_hidden_state.numpy()
+    plain = quantise_int4(head, everything, 32).dequantise(everything)
+    found, other = (np.square(hidden @ table.T - truth).mean() for table in (rounded, plain))
+    assert found < 0.9 * other
+
+
 def test_what_is_returned_is_what_the_model_goes_on_with(make_model: ModelMaker) -> None:
     model = make_model("Llama")
     keeps = prune(model)

@@ -16,8 +16,12 @@ class IntegerSource {
   template <bool RowMasks>
   void expand(int64_t elements, WeightTile<int32_t>* tile) {
     __m512i excess = _mm512_setzero_si512();
-    for (int64_t e = 0; e < elements; e += Elements::kOfStep)
-      Elements::widen(steps_.next(), tile->weights + e * losa::kBlockRows, excess);
+    Steps steps = steps_;  // whose pointers stay in registers: a store to the tile might change the members
+    for (int64_t e = 0; e < elements; e += Elements::kOfStep) {
+      steps.prefetch();
+      Elements::widen(steps.next(), tile->weights + e * losa::kBlockRows, excess);
+    }
+    steps_ = steps;
     Elements::set_starts(tile, excess);
     _mm512_store_ps(tile->scales, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales_))));
     scales_ += losa::kBlockRows;
