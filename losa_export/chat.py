@@ -20,6 +20,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from losa_export.checkpoint import read_json_if_any
 from losa_export.errors import CheckpointError, InputError
 
 Message = Mapping[str, Any]
@@ -97,8 +98,8 @@ def load_chat_template(folder: Path) -> ChatTemplate | None:
 
     Raises: CheckpointError when a file is there but cannot be read.
     """
-    config = _read_json(folder / "tokenizer_config.json")
-    special = {**_read_json(folder / "special_tokens_map.json"), **config}
+    config = read_json_if_any(folder / "tokenizer_config.json", mend="copy it again")
+    special = {**read_json_if_any(folder / "special_tokens_map.json", mend="copy it again"), **config}
     tokens = {name: text for name in _SPECIAL_TOKENS if (text := _token_text(special.get(name))) is not None}
     separate = folder / "chat_template.jinja"
     if separate.is_file():
@@ -111,16 +112,6 @@ def load_chat_template(folder: Path) -> ChatTemplate | None:
         named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = named.get("default")
     return ChatTemplate(source, tokens, folder / "tokenizer_config.json") if isinstance(source, str) else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' is not readable JSON: {error}; copy it again", path=path) from error
-    return content if isinstance(content, dict) else {}
 
 
 def _token_text(value: object) -> str | None:

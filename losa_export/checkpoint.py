@@ -239,9 +239,16 @@ def read_json(path: Path, *, what: str, mend: str) -> dict[str, Any]:
         raise CheckpointError(f"{what} '{path.parent}' has no {path.name}; {mend}", path=path) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' cannot be read as JSON ({error}); {mend}", path=path) from error
+    except RecursionError:
+        raise CheckpointError(f"'{path}' is nested too deeply to be one of ours; {mend}", path=path) from None
     if not isinstance(parsed, dict):
         raise CheckpointError(f"'{path}' holds no JSON object; {mend}", path=path)
     return parsed
+
+
+def read_json_if_any(path: Path, *, mend: str) -> dict[str, Any]:
+    """A JSON object from `path`, empty where there is no such file. Raises: CheckpointError as `read_json`."""
+    return read_json(path, what="folder", mend=mend) if path.is_file() else {}
 
 
 def copy_companions(source: Path, destination: Path) -> tuple[str, ...]:

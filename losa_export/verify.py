@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from losa_export.checkpoint import COMPANION_FILES, CONFIG_FILE, open_checkpoint, read_json
+from losa_export.checkpoint import COMPANION_FILES, CONFIG_FILE, open_checkpoint, read_json, read_json_if_any
 from losa_export.errors import CheckpointError, InputError, MissingDependencyError, UnsafePathError
 from losa_export.export_gate import is_installed
 from losa_export.files import input_folder, safe_child
@@ -115,7 +115,7 @@ def _read_manifest(folder: Path) -> Record:
     path = folder / MANIFEST_FILE
     if path.is_symlink() or path.exists():
         _safe_child(folder, MANIFEST_FILE)
-    record = _read_record(path, "exported folder", "give a folder that 'losa export' made, or export again")
+    record = read_json(path, what="exported folder", mend="give a folder that 'losa export' made, or export again")
     if record.get("format") != MANIFEST_FORMAT:
         raise CheckpointError(
             f"'{path}' has the format {record.get('format')!r}, not {MANIFEST_FORMAT!r}; give a folder that "
@@ -127,19 +127,12 @@ def _read_manifest(folder: Path) -> Record:
 
 def _read_evaluation(path: Path) -> Record:
     """eval.json. Raises: CheckpointError if it is missing, damaged or something else."""
-    record = _read_record(path, "folder", "give the file that 'losa eval' wrote")
+    record = read_json(path, what="folder", mend="give the file that 'losa eval' wrote")
     if record.get("schema") != "losa-eval" or not isinstance(record.get("target"), Mapping):
         raise CheckpointError(
             f"'{path}' is no record of an evaluation; give the file that 'losa eval' wrote", path=path
         )
     return record
-
-
-def _read_record(path: Path, what: str, mend: str) -> Record:
-    try:
-        return read_json(path, what=what, mend=mend)
-    except RecursionError:
-        raise CheckpointError(f"'{path}' is nested too deeply to be a record of ours; {mend}", path=path) from None
 
 
 def _listed_files(folder: Path, manifest: Record) -> dict[str, _Listed]:
@@ -175,7 +168,7 @@ def _open_sources(manifest: Record, merged: Path | None, run: Path | None) -> So
     return Sources(
         manifest,
         checkpoint,
-        table_of(_read_record(record, "checkpoint", "run 'losa merge' again"), "tensors") if record.exists() else None,
+        table_of(read_json_if_any(record, mend="run 'losa merge' again"), "tensors") if record.exists() else None,
         load_masks(masks) if masks.exists() else None,
         run_masks,
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from losa_export.errors import CheckpointError
+from losa_export.checkpoint import read_json_if_any
 
 _REPLACEMENT = "\ufffd"
 # Longest run of tokens held back in the hope of a whole character: no character needs this many, so
@@ -24,14 +24,8 @@ def load_stop_ids(folder: Path) -> tuple[int, ...]:
     Raises: CheckpointError when the first of these files that exists is not JSON.
     """
     for name in ("generation_config.json", "genai_config.json", "config.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"'{path}' is not readable JSON: {error}; copy it again", path=path) from error
-        if isinstance(content, dict) and name == "genai_config.json":
+        content: Any = read_json_if_any(folder / name, mend="copy it again")
+        if name == "genai_config.json":
             content = content.get("model")
         found = content.get("eos_token_id") if isinstance(content, dict) else None
         ids = found if isinstance(found, list) else [found]

@@ -6,7 +6,6 @@ carries, or stock, where ONNX Runtime inlines the bodies and folds each sparse w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 
 import onnxruntime as ort
 
+from losa_export.checkpoint import read_json_if_any
 from losa_export.errors import CheckpointError, FormatError, KernelError, LosaError, RuntimeFailureError
 from losa_export.onnx_file import MODEL_FILE, check_references
 from losa_export.onnx_outputs import with_outputs
@@ -70,7 +70,7 @@ def open_session(folder: Path, options: SessionOptions) -> OpenSession:
             path=path,
         )
     references = check_references(folder)
-    settings = _read_settings(folder)
+    settings = read_json_if_any(folder / "genai_config.json", mend="export the model again")
     chosen = ort.SessionOptions()
     chosen.log_severity_level = _FATAL
     chosen.intra_op_num_threads = options.threads
@@ -141,17 +141,6 @@ def _refuse(error: Exception, path: Path) -> NoReturn:
         if type(error).__name__ in ("InvalidProtobuf", "NoSuchFile", "NoModel") or "external" in text.lower():
             kind, mend = CheckpointError, "the file or its data is missing or truncated: copy or export it again"
     raise kind(f"ONNX Runtime {ort.__version__} cannot load '{path}': {message}; {mend}", path=path) from error
-
-
-def _read_settings(folder: Path) -> Mapping[str, Any]:
-    path = folder / "genai_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' is not readable JSON: {error}; export the model again", path=path) from error
-    return content if isinstance(content, dict) else {}
 
 
 def _first_line(error: Exception) -> str:

@@ -103,5 +103,5 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"chat_template.jinja' cannot be read as UTF-8 text"):
         load_chat_template(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"tokenizer_config.json' is not readable JSON.*copy it again"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json' cannot be read as JSON.*copy it again"):
         load_chat_template(tmp_path)

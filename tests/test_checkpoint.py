@@ -102,6 +102,9 @@ def test_missing_parts_are_named(copy: Path, tmp_path: Path) -> None:
     (copy / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read as JSON"):
         open_checkpoint(copy)
+    (copy / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="is nested too deeply to be one of ours; "):
+        open_checkpoint(copy)
     (copy / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="holds no JSON object"):
         open_checkpoint(copy)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -15,7 +14,8 @@ from time import monotonic
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_export.errors import CheckpointError, InputError
+from losa_export.checkpoint import read_json_if_any
+from losa_export.errors import InputError
 from losa_export.onnx_file import MANIFEST_FILE
 from losa_export.runtimes.base import RuntimeDescription
 from losa_export.runtimes.generate import TextModel
@@ -296,15 +296,7 @@ def _put(inbox: asyncio.Queue[tuple[int, Event]], choice: int, event: Event) -> 
 
 def read_facts(folder: Path, name: str | None, runtime: RuntimeDescription, created: int) -> ModelFacts:
     """What export.json and the runtime tell. Raises: CheckpointError when export.json is no JSON object."""
-    path = folder / MANIFEST_FILE
-    record: Mapping[str, object] = {}
-    if path.is_file():
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"'{path}' is not readable JSON: {error}; export again", path=path) from error
-        if not isinstance(record, dict):
-            raise CheckpointError(f"'{path}' is no JSON object; export again", path=path)
+    record = read_json_if_any(folder / MANIFEST_FILE, mend="export again")
     values = record.get("values")
     return ModelFacts(
         name=name or folder.resolve().name,

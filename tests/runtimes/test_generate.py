@@ -252,7 +252,7 @@ def test_stop_ids_come_from_the_first_file_that_has_them(tmp_path: Path) -> None
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
     assert load_stop_ids(tmp_path) == (5, 6)
     (tmp_path / "generation_config.json").write_text("[")
-    with pytest.raises(CheckpointError, match=r"generation_config.json' is not readable JSON.*copy it again"):
+    with pytest.raises(CheckpointError, match=r"generation_config.json' cannot be read as JSON.*copy it again"):
         load_stop_ids(tmp_path)
 
 

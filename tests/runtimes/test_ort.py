@@ -294,9 +294,12 @@ def test_a_graph_without_a_fixed_cache_shape_is_refused(tmp_path: Path) -> None:
 
 def test_settings_that_are_missing_or_broken_are_named(copy: Path) -> None:
     (copy / "genai_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"genai_config.json' is not readable JSON.*export the model again"):
+    with pytest.raises(CheckpointError, match=r"genai_config.json' cannot be read as JSON.*export the model again"):
         load_runtime("ort-stock", copy, threads=1)
     (copy / "genai_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"genai_config.json' holds no JSON object; export the model again"):
+        load_runtime("ort-stock", copy, threads=1)
+    (copy / "genai_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="does not tell its vocabulary size and context length"):
         load_runtime("ort-stock", copy, threads=1)
 
