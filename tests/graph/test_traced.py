@@ -179,6 +179,17 @@ def test_rounded_tables_and_values_stay_near_the_answers(exported: Exported, tmp
     check_answers(exported, tmp_path / "onnx", "ort-stock", {"rtol": 0, "atol": 1.0})
 
 
+def test_head_and_embedding_of_different_types_are_two_tables(exported: Exported, tmp_path: Path) -> None:
+    """Tied or not. The gate computes with what the file holds."""
+    changes = {"values": "fp32", "head": "int8", "embedding": "bf16", "group": 32}
+    report = export(exported.checkpoint, tmp_path / "onnx", exporter="torch", gate=True, **changes)
+    assert report.gate is not None
+    assert report.gate["against"] == "checkpoint with the stored weights"
+    model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+    operators = Counter(node.op_type for node in model.graph.node)
+    assert (operators["EmbeddingBf16"], operators["DenseMatMulInt8"]) == (1, 1)
+
+
 def test_dense_weights_are_ordinary_matrices(neox: Path, tmp_path: Path) -> None:
     assert export(neox, tmp_path / "onnx", weights="dense").weights == "dense"
     model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
