@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from losa_export.checkpoint import COMPANION_FILES, CONFIG_FILE, open_checkpoint, read_json, read_json_if_any
+from losa_export.checkpoint import COMPANION_FILES, CONFIG_FILE, open_checkpoint, read_json
 from losa_export.errors import CheckpointError, InputError, MissingDependencyError, UnsafePathError
 from losa_export.export_gate import is_installed
 from losa_export.files import input_folder, safe_child
@@ -168,7 +168,9 @@ def _open_sources(manifest: Record, merged: Path | None, run: Path | None) -> So
     return Sources(
         manifest,
         checkpoint,
-        table_of(read_json_if_any(record, mend="run 'losa merge' again"), "tensors") if record.exists() else None,
+        table_of(read_json(record, what="checkpoint", mend="run 'losa merge' again"), "tensors")
+        if record.exists()
+        else None,
         load_masks(masks) if masks.exists() else None,
         run_masks,
     )

@@ -48,16 +48,21 @@ def capture_block_inputs(
     batches = []
     for part in torch.split(windows, batch_size):
         calls: list[tuple[Tensor, dict[str, Any]]] = []
-
-        def stub(*arguments: Any, _calls: list[tuple[Tensor, dict[str, Any]]] = calls, **keywords: Any) -> Tensor:
-            hidden: Tensor = keywords.pop("hidden_states") if "hidden_states" in keywords else arguments[0]
-            _calls.append((hidden, keywords))
-            return hidden
-
-        with _stubbed(blocks, stub):
+        with _stubbed(blocks, _collecting(calls)):
             model.get_submodule("model")(input_ids=part.to(device), use_cache=False)
         batches.append(BlockBatch(calls[0][0].cpu(), [arguments for _, arguments in calls]))
     return batches
+
+
+def _collecting(calls: list[tuple[Tensor, dict[str, Any]]]) -> Callable[..., Tensor]:
+    """A stub of a block that hands its input on unchanged; `calls` collects how it was called."""
+
+    def stub(*arguments: Any, **keywords: Any) -> Tensor:
+        hidden: Tensor = keywords.pop("hidden_states") if "hidden_states" in keywords else arguments[0]
+        calls.append((hidden, keywords))
+        return hidden
+
+    return stub
 
 
 @contextlib.contextmanager

@@ -143,7 +143,7 @@ class CalibratedRounding:
             sums = _MomentSums(linear.in_features)
             for exact, batch in zip(self._exact_inputs.pop(path), self._rounded, strict=True):
                 sums.add(inputs_of(partial(run_block, block, index, batch), linear), exact)
-            self._moments[path] = sums.moments(f"block {index} gives '{path}'")
+            self._moments[path] = sums.moments(f"block {index} gives '{path}'", block=index)
         return self._moments[path]
 
 
@@ -175,11 +175,12 @@ class _MomentSums:
         self._cross += rounded.T @ exact
         self._tokens += len(rounded)
 
-    def moments(self, whose: str) -> InputMoments:
-        """Of all tokens so far. Raises: CheckpointError, which says `whose` inputs are not finite."""
+    def moments(self, whose: str, **facts: object) -> InputMoments:
+        """Of all tokens so far. Raises: CheckpointError with these facts, which says `whose` inputs are not finite."""
         if not bool(torch.isfinite(self._gram).all() & torch.isfinite(self._cross).all()):
             raise CheckpointError(
                 f"{whose} inputs that are not finite on the calibration text; mend the checkpoint, or export without "
-                "--calibration"
+                "--calibration",
+                **facts,
             )
         return InputMoments((self._gram / self._tokens).numpy(), (self._cross / self._tokens).numpy())

@@ -97,9 +97,8 @@ def test_a_closed_engine_cannot_be_asked():
 UNSEEN_AT_FIRST = """
 wait = engine._connection.poll
 def poll(timeout):
-    if timeout:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        print(engine.pid, flush=True)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    print(engine.pid, flush=True)
     try:
         return wait(timeout)
     finally:

@@ -130,5 +130,6 @@ def test_activations_that_are_not_finite_are_an_error(make_model: ModelMaker) ->
         model.get_parameter("model.embed_tokens.weight")[windows(1)[0, 0]] = float("nan")
     names = ["model.layers.0.self_attn.o_proj"]
     rounding = CalibratedRounding(model, windows(1), "int8", 32)
-    with pytest.raises(CheckpointError, match=r"block 0 gives 'self_attn.o_proj' inputs that are not finite"):
+    with pytest.raises(CheckpointError, match=r"block 0 gives 'self_attn.o_proj' inputs that are not finite") as caught:
         rounding(names, stacked(model, names), keeps[names[0]])
+    assert caught.value.block == 0
