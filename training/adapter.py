@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from losa_export.errors import ConfigError, MaskError
+from losa_export.training.shares import Shares, overwrite_rows, whole
 
 
 def effective_weight(weight: Tensor, mask: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -67,7 +68,7 @@ class _MaskedLoRAFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.scaling, ctx.operator, ctx.masked = scaling, operator, prunes and operator != "lors"
         with torch.autocast(x.device.type, enabled=False):
-            merged = effective_weight(weight, mask, a, b, scaling).to(x.dtype)
+            merged = effective_weight(whole(weight), whole(mask), a, b, scaling).to(x.dtype)
             kept = merged if mask.numel() <= _KEPT_BESIDE_INPUT * x.numel() else None
             ctx.save_for_backward(x, a, b, weight, mask, kept)
             return functional.linear(x, merged, bias)
@@ -78,9 +79,11 @@ class _MaskedLoRAFunction(torch.autograd.Function):
         x, a, b, weight, mask, merged = ctx.saved_tensors
         grad_x = grad_a = grad_b = None
         with torch.autocast(x.device.type, enabled=False):
+            if ctx.masked or merged is None:
+                mask = whole(mask)
             if ctx.needs_input_grad[0]:
                 if merged is None:
-                    merged = effective_weight(weight, mask, a, b, ctx.scaling).to(x.dtype)
+                    merged = effective_weight(whole(weight), mask, a, b, ctx.scaling).to(x.dtype)
                 grad_x = grad_output @ merged
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
                 rows, inputs = grad_output.reshape(-1, grad_output.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -107,14 +110,14 @@ class _MaskedProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, mask)
         with torch.autocast(x.device.type, enabled=False):
-            return functional.linear(x, (weight * mask).to(x.dtype), bias)
+            return functional.linear(x, (whole(weight) * whole(mask)).to(x.dtype), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, None]:
         weight, mask = ctx.saved_tensors
         with torch.autocast(grad_output.device.type, enabled=False):
-            return grad_output @ (weight * mask).to(grad_output.dtype), None, None, None
+            return grad_output @ (whole(weight) * whole(mask)).to(grad_output.dtype), None, None, None
 
 
 class MaskedLoRALinear(nn.Module):
@@ -167,6 +170,8 @@ class MaskedLoRALinear(nn.Module):
         self._dense: Tensor | None = None
         self._weight_changed = False
         self._parked_mask: NDArray[np.uint8] | None = None
+        self._shares: Shares | None = None
+        self._computes_dense = False
         self._prunes = False
         if outlined:
             self.park()
@@ -179,8 +184,20 @@ class MaskedLoRALinear(nn.Module):
 
     @property
     def parked(self) -> bool:
-        """Whether the weight is away; the layer cannot compute then."""
+        """Whether the weight is away, as a whole at least; without `shares` of it the layer cannot compute then."""
         return self._parked_mask is not None
+
+    @property
+    def shares(self) -> Shares:
+        """What this process has of a layer that was shared out."""
+        assert self._shares is not None
+        return self._shares
+
+    def share(self, shares: Shares) -> None:
+        """Park, but keep `shares`, with which the layer computes where all processes do so at once."""
+        if not self.parked:
+            self.park()
+        self._shares = shares
 
     def park(self) -> None:
         """Let go of the frozen weight, changed or not, and of the mask but for its bits."""
@@ -201,6 +218,9 @@ class MaskedLoRALinear(nn.Module):
     @property
     def dense_weight(self) -> Tensor:
         """(out, in), the dense checkpoint's weight, kept beside a changed one: a teacher needs it."""
+        if self.parked:
+            shares = self.shares
+            return whole(shares.weight if shares.dense is None else shares.dense)
         return self.weight.detach() if self._dense is None else self._dense.to(self.weight.device)
 
     @property
@@ -251,6 +271,9 @@ class MaskedLoRALinear(nn.Module):
         self._prunes = not bool(kept.all())
         if self.parked:
             self._parked_mask = np.packbits(kept.cpu().numpy().reshape(-1), bitorder="little")
+            if self._shares is not None:
+                mask = self._shares.mask
+                overwrite_rows(mask, kept.to(mask.device, mask.dtype))
         else:
             self.mask.copy_(kept)
 
@@ -284,7 +307,14 @@ class MaskedLoRALinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> Tensor:
         """The effective weight (W + s·BA)⊙M, (out, in) in the adapters' dtype."""
-        return effective_weight(self.weight, self.mask, *self.active(), self.scaling)
+        weight, mask = self._frozen()
+        return effective_weight(whole(weight), whole(mask), *self.active(), self.scaling)
+
+    def _frozen(self) -> tuple[Tensor, Tensor]:
+        """Weight and mask, whole or shared out."""
+        if self.parked:
+            return self.shares.weight, self.shares.mask
+        return self.weight, self.mask
 
     @contextlib.contextmanager
     def folded(self, dtype: torch.dtype | None = None) -> Iterator[None]:
@@ -309,23 +339,29 @@ class MaskedLoRALinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self._folded is not None:
             return functional.linear(x, self._folded.to(x.dtype), bias)
+        if self._computes_dense:
+            return functional.linear(x, self.dense_weight.to(x.dtype), bias)
         a, b = self.active()
+        weight, mask = self._frozen()
         if self.training and self.dropout > 0.0:
-            base: Tensor = _MaskedProduct.apply(x, self.weight, self.mask, bias)  # type: ignore[no-untyped-call]
+            base: Tensor = _MaskedProduct.apply(x, weight, mask, bias)  # type: ignore[no-untyped-call]
             seen, nothing = functional.dropout(x, self.dropout), a.new_zeros(())
-            return base + self._product(seen, a, b, nothing, None)
-        return self._product(x, a, b, self.weight, bias)
+            return base + self._product(seen, a, b, nothing, mask, None)
+        return self._product(x, a, b, weight, mask, bias)
 
-    def _product(self, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        arguments = (x, a, b, weight, self.mask, bias, self.scaling, self.operator, self._prunes)
+    def _product(self, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+        arguments = (x, a, b, weight, mask, bias, self.scaling, self.operator, self._prunes)
         output: Tensor = _MaskedLoRAFunction.apply(*arguments)  # type: ignore[no-untyped-call]
         return output
 
     @contextlib.contextmanager
-    def dense(self, dtype: torch.dtype | None = None) -> Iterator[None]:
+    def dense(self) -> Iterator[None]:
         """Within the block, compute as the dense model does: no mask, no adapter."""
-        with self.computing_with(self.dense_weight.to(dtype or self.dense_weight.dtype)):
+        self._computes_dense = True
+        try:
             yield
+        finally:
+            self._computes_dense = False
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -343,8 +379,8 @@ def all_folded(layers: Mapping[str, MaskedLoRALinear], dtype: torch.dtype | None
 
 @contextlib.contextmanager
 def all_dense(layers: Mapping[str, MaskedLoRALinear], dtype: torch.dtype) -> Iterator[None]:
-    """Within the block, `layers` compute as in the dense checkpoint: no mask, no adapter."""
+    """Within the block, `layers` compute as in the dense checkpoint, with weights converted once."""
     with contextlib.ExitStack() as stack:
         for layer in layers.values():
-            stack.enter_context(layer.dense(dtype))
+            stack.enter_context(layer.computing_with(layer.dense_weight.to(dtype)))
         yield

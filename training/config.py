@@ -40,7 +40,9 @@ CONFIG_FILE = "config.toml"
 
 # Fields that may change between a run and its resumption: none of them touches a mask or a loss.
 # Model and texts are compared by content, so that a moved folder does not stop a run.
-FREE_ON_RESUME = frozenset({"model", "output", "tuning_text", "calibration_text", "save_every_seconds", "overwrite"})
+FREE_ON_RESUME = frozenset(
+    {"model", "output", "tuning_text", "calibration_text", "save_every_seconds", "overwrite", "shard_weights"}
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class TrainConfig:
         compute: dtype of activations and matrix products. "auto" is bf16 for a bf16 base on hardware that
             multiplies it natively, and fp32 otherwise.
         device: "auto" takes a GPU if there is one.
+        shard_weights: each of several processes holds its part of the frozen block weights alone; they meet layer by
+            layer to compute, which costs time on the wire.
         seed: of the adapters' start, the choice of calibration windows and the order of the tuning windows.
         sparsity_allocator: how the sparsity of a round is shared out among blocks: "uniform"; "lp" or "linear" by
             how redundant a block is, exactly or smoothly; "owl" by its outliers; "atp" by its place; "fixed" by
@@ -160,6 +164,7 @@ class TrainConfig:
     dtype: Dtype = "fp32"
     compute: Compute = "auto"
     device: Device = "auto"
+    shard_weights: bool = False
     seed: int = 0
     sparsity_allocator: str = "uniform"
     sparsity_band: float | None = None

@@ -189,9 +189,12 @@ class Tuner:
         """
         for name, layer in self._adapted.layers.items():
             loses = ranks[name] < layer.rank and bool(layer.lora_B.any())
-            effective = layer.merged() if absorb and loses and layer.weight_changed else None
-            resize(layer, ranks[name], self._adamw.state)
-            if effective is not None:
+            if not (absorb and loses and layer.weight_changed):
+                resize(layer, ranks[name], self._adamw.state)
+                continue
+            with self._adapted.at_work({name: layer}):
+                effective = layer.merged()
+                resize(layer, ranks[name], self._adamw.state)
                 layer.set_effective_weight(effective)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,23 @@ from losa_export.training.config import Compute, Device, Dtype, TrainConfig
 from losa_export.training.weight_store import WeightStore
 
 _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Store(Protocol):
+    """Where linears' weights lie while their block is not at work."""
+
+    def fetch(self, name: str, layer: MaskedLoRALinear, /) -> None:
+        """Make a layer whole."""
+
+    def put_away(self, name: str, layer: MaskedLoRALinear, /) -> None:
+        """Take the weights of a layer that may have been changed."""
+
+    def changed(self, name: str, layer: MaskedLoRALinear, /) -> Tensor:
+        """The changed weight of a layer that is put away: do not write to it."""
+        ...
+
+    def clear(self) -> None:
+        """Remove what lies on the disk."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +62,7 @@ class AdaptedModel:
     blocks: tuple[nn.Module, ...]
     layers: Mapping[str, MaskedLoRALinear]
     compute_dtype: torch.dtype
-    store: WeightStore | None = None
+    store: Store | None = None
 
     @contextlib.contextmanager
     def at_work(self, layers: Mapping[str, MaskedLoRALinear]) -> Iterator[None]:
@@ -88,10 +105,16 @@ class AdaptedModel:
     def changed_weights(self) -> dict[str, Tensor]:
         """Weight name → (out, in) of every layer whose frozen weight is not the checkpoint's: do not write to it."""
         return {
-            name: self.store.changed(name) if self.store is not None and layer.parked else layer.weight.detach()
+            name: self.store.changed(name, layer) if self.store is not None and layer.parked else layer.weight.detach()
             for name, layer in self.layers.items()
             if layer.weight_changed
         }
+
+    def lend_changed_weights(self) -> None:
+        """What every other process must do while one asks for `changed_weights` of a model that is shared out."""
+        for name, layer in self.layers.items():
+            if self.store is not None and layer.parked and layer.weight_changed:
+                self.store.changed(name, layer)
 
     def sparsity_fraction(self) -> float:
         """Pruned positions of all block linears, as a fraction."""

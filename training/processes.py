@@ -45,8 +45,8 @@ class Processes:
         kind = str(getattr(self._accelerator, "distributed_type", "NO")).rpartition(".")[2]
         if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
             raise ConfigError(
-                f"the launcher asks for {kind}, but each process needs the whole model here; launch plain data "
-                "parallelism, for example 'accelerate launch --multi_gpu'",
+                f"the launcher asks for {kind}, which would take the adapters apart; launch plain data parallelism, "
+                "for example 'accelerate launch --multi_gpu', and give --shard-weights to share out frozen weights",
                 kind=kind,
             )
 

@@ -31,7 +31,7 @@ from losa_export.training.allocation import (
     ask_ranks,
 )
 from losa_export.training.config import CONFIG_FILE, TrainConfig, to_table, write_toml
-from losa_export.training.heap import keep_freed_memory
+from losa_export.training.heap import keep_freed_memory, return_freed_memory
 from losa_export.training.journal import JOURNAL_FILE, RoundRecord, write_journal
 from losa_export.training.loop import Tuner, TuningData
 from losa_export.training.loss import Losses
@@ -53,6 +53,7 @@ from losa_export.training.schedule import (
     split_steps,
     steps_in,
 )
+from losa_export.training.sharding import share_out
 from losa_export.training.sparsity_allocators import redundancy
 from losa_export.training.state import (
     STATE_FOLDER,
@@ -70,6 +71,8 @@ _MEASURED_STEPS = 2
 _OUTPUT_FILES = (MASKS_FILE, WEIGHTS_FILE, JOURNAL_FILE, PLOT_FILE, CONFIG_FILE)
 # In the folder of the state: weights that changed, while their block is not at work.
 _PARKING = "parked"
+
+_Held = Literal["all", "one at a time", "shared out"]
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,12 @@ def _accelerator(config: TrainConfig) -> Any:
             "choose a multiple",
             field="batch_size",
         )
+    if config.shard_weights and accelerator.num_processes == 1:
+        raise ConfigError(
+            "shard_weights is on, but this is the only process; start several with 'accelerate launch' or torchrun, or "
+            "leave it out",
+            field="shard_weights",
+        )
     return accelerator
 
 
@@ -241,6 +250,7 @@ class _Session:
         self.accelerator = accelerator
         self.processes = Processes(accelerator)
         self.products: Library = product_library() if accelerator.device.type == "cpu" else "default"
+        self.held = self._held()
         self.writes = bool(self.accelerator.is_main_process)
         self.shows = show_progress and self.writes
         self.compute = choose_compute(config.compute, config.dtype, self.accelerator.device)
@@ -251,25 +261,31 @@ class _Session:
         self.adapted: AdaptedModel
         self.tuner: Tuner
 
+    def _held(self) -> _Held:
+        """Which blocks are in this process's memory: one at a time where nothing is tuned and each needed in turn."""
+        if self.config.shard_weights:
+            return "shared out"
+        return "one at a time" if self.config.steps == 0 and self.processes.count == 1 else "all"
+
     def run(self, tensors: dict[str, Tensor], stop: StopRequest) -> None:
         """Load the model and go through the remaining rounds."""
         self._write_records()
-        parking = self.config.output / STATE_FOLDER / _PARKING if self._streams() else None
+        if self.held == "all":
+            keep_freed_memory()
+        elif self.held == "shared out":
+            return_freed_memory()
+        parking = None if self.held == "all" else self.config.output / STATE_FOLDER / _PARKING
         self.adapted = load_adapted_model(self.config, self.compute, parking=parking)
+        self.adapted.model.to(self.accelerator.device)
+        if self.held == "shared out":
+            self.adapted = share_out(self.adapted, self.processes.count)
         try:
             self._go_through(tensors, stop)
         finally:
             if self.adapted.store is not None:
                 self.adapted.store.clear()
 
-    def _streams(self) -> bool:
-        """Whether blocks are in memory one at a time: where nothing is tuned, so that they are only needed in turn."""
-        return self.config.steps == 0 and self.accelerator.num_processes == 1
-
     def _go_through(self, tensors: dict[str, Tensor], stop: StopRequest) -> None:
-        if not self._streams():
-            keep_freed_memory()
-        self.adapted.model.to(self.accelerator.device)
         data = TuningData(self.inputs.tuning, self.config.batch_size, self.config.seed)
         self.tuner = Tuner(self.adapted, data, self.config, self.accelerator)
         self._restore(tensors)
@@ -281,6 +297,8 @@ class _Session:
             self._finish_round()
         if self.writes:
             write_outputs(self.config.output, self.adapted, self.config.model, self._mask_metadata())
+        else:
+            self.adapted.lend_changed_weights()
         self.save(keep_tensors=False)
         if self.writes:
             drop_spare(self.config.output)
@@ -307,6 +325,8 @@ class _Session:
         if self.writes:
             tensors = self._tensors() if keep_tensors else {}
             save_state(self.config.output, self.state, tensors, self.inputs.fingerprint)
+        elif keep_tensors:
+            self.adapted.lend_changed_weights()
         self.saved_at = self.state.elapsed_seconds
 
     def _prune(self, stop: StopRequest) -> None:
@@ -386,7 +406,8 @@ class _Session:
             kept = layer.kept.to(torch.uint8)
             self.processes.copy_first([kept])
             layer.set_mask(kept.bool())
-        weights = base_weights.state_tensors(self.adapted).values()
+        # What is shared out is the first process's already.
+        weights = self.adapted.changed_weights().values() if self.adapted.store is None else ()
         self.processes.copy_first([*weights, *self.tuner.tensors().values()])
 
     def _measure(self, stop: StopRequest) -> Measurements:
@@ -641,7 +662,7 @@ class _Session:
                 "compute": self.compute,
                 "float32_products": self.products,
                 "threads": torch.get_num_threads(),
-                "blocks_in_memory": "one at a time" if self._streams() else "all",
+                "blocks_in_memory": self.held,
                 "processes": int(self.accelerator.num_processes),
             },
         }

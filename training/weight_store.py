@@ -37,7 +37,7 @@ class WeightStore:
         device = layer.lora_A.device
         # A copy: nobody may write to a mapped file, and the place of a factor may change a product's last bit.
         dense = self._convert(name, self._checkpoint.mapped(name)).to(device, copy=True)
-        layer.unpark(dense, self.changed(name).to(device, copy=True) if layer.weight_changed else None)
+        layer.unpark(dense, self.changed(name, layer).to(device, copy=True) if layer.weight_changed else None)
 
     def put_away(self, name: str, layer: MaskedLoRALinear) -> None:
         """Park a layer; a weight that is not the checkpoint's goes to the folder.
@@ -48,7 +48,7 @@ class WeightStore:
             self._write(name, layer.weight.detach())
         layer.park()
 
-    def changed(self, name: str) -> Tensor:
+    def changed(self, name: str, _: MaskedLoRALinear) -> Tensor:
         """The changed weight of a parked layer, mapped from its file: do not write to it."""
         from safetensors import safe_open
 

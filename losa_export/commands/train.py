@@ -242,6 +242,12 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "fp32, bf16 or auto activations and products; auto is bf16 where base and processor are too (default: auto)",
     )
     _add_setting(tuning, "--device", "device", str, "NAME", "auto, cpu or cuda (default: auto)")
+    _add_switch(
+        tuning,
+        "--shard-weights",
+        "shard_weights",
+        "share the frozen weights out over the processes of 'accelerate launch' or torchrun (default: no)",
+    )
     _add_setting(tuning, "--seed", "seed", int, "N", "default: 0")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     parser.add_argument(

@@ -11,9 +11,11 @@ from losa_export.training import heap
 # Frees and takes a block of 16 MiB again and again, and counts the pages that the system had to give anew.
 _FAULTS = """
 import ctypes, resource, sys
-from losa_export.training.heap import keep_freed_memory
+from losa_export.training.heap import keep_freed_memory, return_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
+if sys.argv[1] == "returned":
+    assert return_freed_memory()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -32,12 +34,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_freed_blocks_are_used_again_without_the_system() -> None:
     faults = {
         case: int(subprocess.check_output([sys.executable, "-P", "-c", _FAULTS, case], text=True))
-        for case in ("kept", "default")
+        for case in ("kept", "default", "returned")
     }
     # The first round of four blocks needs 16,384 pages of 4 KiB, and the other nineteen none.
     assert faults["kept"] < 20_000 < faults["default"]
+    assert faults["returned"] > 19 * 16_384
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert not heap.keep_freed_memory()
+    assert not heap.return_freed_memory()

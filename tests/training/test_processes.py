@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,9 @@ import torch
 from losa_export.errors import ConfigError
 from losa_export.masks import digest, load_masks
 from losa_export.training.config import TrainConfig, to_table
+from losa_export.training.model import load_adapted_model
 from losa_export.training.processes import Processes
+from losa_export.training.train import train
 
 ConfigMaker = Callable[..., TrainConfig]
 
@@ -181,8 +184,92 @@ def test_a_launcher_that_starts_one_of_several_processes_is_found_out(monkeypatc
 
 
 def test_sharded_parameters_are_refused() -> None:
-    with pytest.raises(ConfigError, match="the launcher asks for FSDP, but each process needs the whole model here"):
+    with pytest.raises(ConfigError, match=r"the launcher asks for FSDP, .*; launch plain .* --shard-weights"):
         Processes(SimpleNamespace(num_processes=2, distributed_type="DistributedType.FSDP"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [{}, {"criterion": "sparsegpt", "adapter_dropout": 0.2, "gradient_checkpointing": True}]
+)
+def test_sharing_the_frozen_weights_out_changes_no_bit(
+    everything: ConfigMaker, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    held, shared = (everything(output=tmp_path / name, **changes) for name in ("held", "shared"))
+    shared = replace(shared, shard_weights=True)
+    expected, _ = run(held, 2, tmp_path / "seen-held")
+    before = run(shared, 2, tmp_path / "seen-before", stop_at=(2, 0))
+    assert [seen["status"] for seen in before] == ["interrupted", "interrupted"]
+    after = run(shared, 2, tmp_path / "seen-after", resume=True)
+    assert before[0]["losses"] + after[0]["losses"] == expected["losses"]
+    assert 'blocks_in_memory = "shared out"' in (shared.output / "config.toml").read_text()
+    assert masks_of(shared) == masks_of(held)
+    names = ("adapter/adapter_model.safetensors", "weights.safetensors")
+    assert [(shared.output / name).read_bytes() for name in names] == [
+        (held.output / name).read_bytes() for name in names
+    ]
+
+
+def test_one_process_alone_cannot_share_weights_out(everything: ConfigMaker) -> None:
+    with pytest.raises(ConfigError, match="shard_weights is on, but this is the only process"):
+        train(everything(shard_weights=True), show_progress=False)
+
+
+# Two processes share a model out and give it back; what each of them saw is printed.
+SHARING = """
+import json, os, sys
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from losa_export.training.config import from_table
+from losa_export.training.model import load_adapted_model
+from losa_export.training.sharding import share_out
+
+table, port, folder = json.loads(sys.argv[1])
+rank = 0 if os.fork() else 1
+torch.set_num_threads(1)
+os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                  MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+PartialState(cpu=True)
+config = from_table(table, Path("argument"))
+whole = load_adapted_model(config, "fp32")
+shared = share_out(load_adapted_model(config, "fp32", parking=Path(folder, "parked")), 2)
+seen = {"rows": {}, "equal": []}
+for number, (name, layer) in enumerate(shared.layers.items()):
+    twin = whole.layers[name]
+    kept = torch.rand(twin.weight.shape, generator=torch.Generator().manual_seed(number)) > 0.5
+    for each in (layer, twin):
+        each.set_mask(kept)
+        torch.nn.init.constant_(each.lora_B, 0.01)
+    seen["rows"][name] = [layer.shares.weight.to_local().shape[0], layer.shares.mask.to_local().shape[0]]
+    x = torch.rand(3, layer.in_features, requires_grad=True)
+    seen["equal"].append(layer.parked and torch.equal(layer(x), twin(x)) and torch.equal(layer.kept, twin.kept))
+    with shared.at_work({name: layer}):
+        seen["equal"].append(not layer.parked and torch.equal(layer.weight, twin.weight))
+        layer.set_weight(2.0 * twin.weight)
+    seen["equal"].append(torch.equal(layer.dense_weight, twin.weight))
+    seen["equal"].append(torch.equal(shared.store.changed(name, layer), 2.0 * twin.weight))
+Path(folder, f"{rank}.json").write_text(json.dumps(seen))
+if rank == 0:
+    os.wait()
+os._exit(0)
+"""
+
+
+def test_each_process_keeps_its_rows_and_computes_with_all(tiny_config: ConfigMaker, tmp_path: Path) -> None:
+    config = tiny_config()
+    request = json.dumps([to_table(config), free_port(), str(tmp_path)])
+    command = [sys.executable, "-P", "-c", SHARING, request]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    layers = load_adapted_model(config, "fp32").layers
+    assert list(first["rows"]) == list(layers)
+    for name, layer in layers.items():
+        for mine, other in zip(first["rows"][name], second["rows"][name], strict=True):
+            assert mine + other == layer.out_features
+            assert 0 <= mine - other <= 1
+    assert first["equal"] == second["equal"] == [True] * (4 * len(layers))
 
 
 def test_one_process_agrees_with_itself() -> None:

@@ -42,7 +42,7 @@ TENSOR_FILES = ("masks.safetensors", "weights.safetensors", "adapter/adapter_mod
 def run(config: TrainConfig, *, whole: bool, monkeypatch: pytest.MonkeyPatch) -> TrainResult:
     with monkeypatch.context() as patch:
         if whole:
-            patch.setattr(train_module._Session, "_streams", lambda _: False)
+            patch.setattr(train_module._Session, "_held", lambda _: "all")
         return train(config, show_progress=False)
 
 
