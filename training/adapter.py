@@ -47,8 +47,9 @@ class _MaskedLoRAFunction(torch.autograd.Function):
     Only x, A, B and references to W and M are kept; the effective weight is built again in `backward`, unless it is
     small beside x. What is kept then is still less than with unmerged adapters, which keep activations of their own.
     The exact gradients are ∂A = s·Bᵀ(G⊙M) and ∂B = s·(G⊙M)Aᵀ with G = gᵀx, g the gradient of the output. "exact_bf16"
-    takes all three products in bfloat16. "lors" drops M, so that G, as large as W, is never formed: ∂A = s·(gB)ᵀx and
-    ∂B = s·gᵀ(xAᵀ). Under a mask that prunes nothing these are the exact ones, and are taken whatever the operator.
+    takes all three products in bfloat16, as is done whenever x is that. "lors" drops M, so that G, as large as W, is
+    never formed: ∂A = s·(gB)ᵀx and ∂B = s·gᵀ(xAᵀ). Under a mask that prunes nothing these are the exact ones, and are
+    taken whatever the operator.
 
     Source: of "lors", LoRS, arXiv:2501.08582.
     """
@@ -89,7 +90,7 @@ class _MaskedLoRAFunction(torch.autograd.Function):
                 rows, inputs = grad_output.reshape(-1, grad_output.shape[-1]), x.reshape(-1, x.shape[-1])
                 # The few rows of a factor stand on the left: BLAS libraries are several times slower with them as
                 # columns on the right.
-                if ctx.masked and ctx.operator == "exact_bf16":
+                if ctx.masked and (ctx.operator == "exact_bf16" or x.dtype == torch.bfloat16):
                     grad_weight = (rows.bfloat16().T @ inputs.bfloat16()).mul_(mask)
                     grad_a = (b.T.bfloat16() @ grad_weight).to(a.dtype)
                     grad_b = (a.bfloat16() @ grad_weight.T).to(a.dtype).T
