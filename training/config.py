@@ -28,13 +28,22 @@ Device = Literal["auto", "cpu", "cuda"]
 # accumulated: the dense block reads what the dense model gives it, so the error holds that of all blocks before.
 # local: it reads what the sparse model gives it, so the error is the block's own.
 ErrorKind = Literal["accumulated", "local"]
-Operator = Literal["exact", "exact_bf16", "lors"]
+OperatorChoice = Literal["auto", "exact", "exact_bf16", "lors"]
 Schedule = Literal["cosine", "per_round"]
 ReconstructTarget = Literal["accumulated", "local"]
 ReconstructRounds = Literal["last", "every"]
 
 # Their names as annotations spell them: what they hold is a string.
-_CHOICES = ("Dtype", "Compute", "Device", "ErrorKind", "Operator", "Schedule", "ReconstructTarget", "ReconstructRounds")
+_CHOICES = (
+    "Dtype",
+    "Compute",
+    "Device",
+    "ErrorKind",
+    "OperatorChoice",
+    "Schedule",
+    "ReconstructTarget",
+    "ReconstructRounds",
+)
 
 CONFIG_FILE = "config.toml"
 
@@ -74,7 +83,8 @@ class TrainConfig:
         kl_weight: λ₁ of the divergence KL(dense ‖ sparse) of the predictions; 0 asks no teacher.
         squarehead_weight: λ₂ of the summed relative errors of the blocks' outputs; 0 asks no teacher.
         operator: "exact" gradients of the adapters; "exact_bf16", the same from factors rounded to bfloat16, for
-            processors that multiply those fast; or "lors", which leaves the mask out of them.
+            processors that multiply those fast; "auto", the latter on such a processor; or "lors", which leaves the
+            mask out of them.
         adapter_dropout: probability that an adapter does not see an input feature of a token; 0 needs one matrix
             product less in the forward pass.
         gradient_checkpointing: keep only the blocks' inputs and compute each block again in the backward pass.
@@ -150,7 +160,7 @@ class TrainConfig:
     learning_rate_schedule: Schedule = "cosine"
     kl_weight: float = 0.0
     squarehead_weight: float = 0.0
-    operator: Operator = "exact"
+    operator: OperatorChoice = "exact"
     adapter_dropout: float = 0.0
     gradient_checkpointing: bool = False
     batch_size: int = 4
@@ -223,7 +233,7 @@ class TrainConfig:
         self._choice("dtype", ("fp32", "bf16"))
         self._choice("compute", ("auto", "fp32", "bf16"))
         self._choice("device", ("auto", "cpu", "cuda"))
-        self._choice("operator", ("exact", "exact_bf16", "lors"))
+        self._choice("operator", ("auto", "exact", "exact_bf16", "lors"))
         self._choice("learning_rate_schedule", ("cosine", "per_round"))
         self._choice("sparsity_allocator", tuple(SPARSITY_ALLOCATORS))
         self._choice("rank_allocator", tuple(RANK_ALLOCATORS))

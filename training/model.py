@@ -19,9 +19,9 @@ from losa_export.layout import Layout, layout_of
 from losa_export.masks import BoolArray
 from losa_export.streamed import load_outline
 from losa_export.training import attention
-from losa_export.training.adapter import MaskedLoRALinear
+from losa_export.training.adapter import MaskedLoRALinear, Operator
 from losa_export.training.allocation import FloatVector
-from losa_export.training.config import Compute, Device, Dtype, TrainConfig
+from losa_export.training.config import Compute, Device, Dtype, OperatorChoice, TrainConfig
 from losa_export.training.weight_store import WeightStore
 
 _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -142,8 +142,19 @@ def choose_compute(compute: Compute, dtype: Dtype, device: torch.device) -> Dtyp
         return "fp32"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if _processor_multiplies_bfloat16() else "fp32"
+
+
+def choose_operator(operator: OperatorChoice, device: torch.device) -> Operator:
+    """The operator, resolving 'auto': float32 factors of a gradient are rounded where that is twice as fast."""
+    if operator != "auto":
+        return operator
+    return "exact_bf16" if device.type == "cpu" and _processor_multiplies_bfloat16() else "exact"
+
+
+def _processor_multiplies_bfloat16() -> bool:
     native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return "bf16" if any(getattr(torch.cpu, name, bool)() for name in native) else "fp32"
+    return any(getattr(torch.cpu, name, bool)() for name in native)
 
 
 def load_adapted_model(config: TrainConfig, compute: Dtype, *, parking: Path | None = None) -> AdaptedModel:
@@ -229,7 +240,7 @@ def attach_adapters(model: nn.Module, config: TrainConfig, compute_dtype: torch.
                 rank=config.rank,
                 scaling=config.scaling,
                 generator=torch.Generator().manual_seed(int(seed)),
-                operator=config.operator,
+                operator=choose_operator(config.operator, choose_device(config.device)),
                 dropout=config.adapter_dropout,
             )
             setattr(block.get_submodule(parent_path), attribute, layers[name])

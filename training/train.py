@@ -36,7 +36,7 @@ from losa_export.training.journal import JOURNAL_FILE, RoundRecord, write_journa
 from losa_export.training.loop import Tuner, TuningData
 from losa_export.training.loss import Losses
 from losa_export.training.measure import Measurements, measure_blocks
-from losa_export.training.model import AdaptedModel, choose_compute, choose_device, load_adapted_model
+from losa_export.training.model import AdaptedModel, choose_compute, choose_device, choose_operator, load_adapted_model
 from losa_export.training.outputs import ADAPTER_FOLDER, MASKS_FILE, write_outputs
 from losa_export.training.plot import PLOT_FILE
 from losa_export.training.preflight import TrainInputs, check_inputs, one_shot_config
@@ -660,6 +660,7 @@ class _Session:
                 **versions,
                 "device": str(self.accelerator.device),
                 "compute": self.compute,
+                "operator": choose_operator(self.config.operator, self.accelerator.device),
                 "float32_products": self.products,
                 "threads": torch.get_num_threads(),
                 "blocks_in_memory": self.held,

@@ -220,8 +220,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "operator",
         str,
         "NAME",
-        "exact gradients; exact_bf16: one product of three in bfloat16; lors: none of it, and no mask in them"
-        " (default: exact)",
+        "exact gradients; exact_bf16: one product of three in bfloat16; auto: that where the processor multiplies it; lors: "
+        "none of it, and no mask in them (default: exact)",
     )
     _add_setting(tuning, "--dropout", "adapter_dropout", float, "P", "before the adapters (default: 0.0)")
     _add_switch(

@@ -47,7 +47,7 @@ GOOD = TrainConfig(model=Path("model"), output=Path("run"), tuning_text=(Path("a
         ("squarehead_weight", float("inf"), "0 or a positive finite number"),
         ("adapter_dropout", 1.0, "[0, 1)"),
         ("calibration_window", 0, "must be positive"),
-        ("operator", "fast", "exact, exact_bf16, lors"),
+        ("operator", "fast", "auto, exact, exact_bf16, lors"),
         ("learning_rate_schedule", "linear", "cosine, per_round"),
         ("sparsity_allocator", "rmi", "uniform"),
         ("rank_allocator", "error", "uniform"),

@@ -13,7 +13,7 @@ from losa_export.architecture import DecoderSpec, prunable_names
 from losa_export.checkpoint import open_checkpoint
 from losa_export.errors import CheckpointError, ConfigError
 from losa_export.training.config import TrainConfig
-from losa_export.training.model import choose_compute, choose_device, load_adapted_model
+from losa_export.training.model import choose_compute, choose_device, choose_operator, load_adapted_model
 
 ConfigMaker = Callable[..., TrainConfig]
 
@@ -99,5 +99,8 @@ def test_bfloat16_products_are_chosen_only_where_they_are_native(monkeypatch: py
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         assert choose_compute("auto", "bf16", cpu) == chosen
+        assert choose_operator("auto", cpu) == ("exact_bf16" if native else "exact")
+        assert choose_operator("exact", cpu) == "exact"
+    assert choose_operator("auto", torch.device("cuda")) == "exact"
     assert choose_compute("auto", "fp32", cpu) == "fp32"
     assert choose_compute("bf16", "fp32", cpu) == "bf16"
