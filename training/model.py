@@ -225,6 +225,7 @@ def attach_adapters(model: nn.Module, config: TrainConfig, compute_dtype: torch.
     model.eval().requires_grad_(False)
     layout = layout_of(model)
     blocks = tuple(model.get_submodule(layout.blocks).children())
+    operator = choose_operator(config.operator, choose_device(config.device))
     layers: dict[str, MaskedLoRALinear] = {}
     for index, block in enumerate(blocks):
         for place, path in enumerate(layout.linears):
@@ -240,7 +241,7 @@ def attach_adapters(model: nn.Module, config: TrainConfig, compute_dtype: torch.
                 rank=config.rank,
                 scaling=config.scaling,
                 generator=torch.Generator().manual_seed(int(seed)),
-                operator=choose_operator(config.operator, choose_device(config.device)),
+                operator=operator,
                 dropout=config.adapter_dropout,
             )
             setattr(block.get_submodule(parent_path), attribute, layers[name])

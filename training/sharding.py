@@ -8,17 +8,12 @@ PyTorch's FSDP would do so for modules, but owns what it shares out, and pruning
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from losa_export.training.adapter import MaskedLoRALinear
 from losa_export.training.model import AdaptedModel
 from losa_export.training.shares import Shares, overwrite_rows, share_rows, whole
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
 
 
 def share_out(adapted: AdaptedModel, processes: int) -> AdaptedModel:
@@ -36,15 +31,9 @@ def share_out(adapted: AdaptedModel, processes: int) -> AdaptedModel:
     mesh = init_device_mesh(device.type, (processes,))
     for name, layer in adapted.layers.items():
         with adapted.at_work({name: layer}):
-            shares = Shares(_first_share(layer.weight.detach(), mesh), _first_share(layer.mask, mesh))
+            shares = Shares(share_rows(layer.weight.detach(), mesh), share_rows(layer.mask, mesh))
         layer.share(shares)
     return replace(adapted, store=SharedStore())
-
-
-def _first_share(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    return distribute_tensor(tensor, mesh, [Shard(0)])
 
 
 class SharedStore:
@@ -63,7 +52,8 @@ class SharedStore:
         shares = layer.shares
         overwrite_rows(shares.mask, layer.mask)
         if layer.weight_changed and shares.dense is None:
-            shares = replace(shares, weight=share_rows(layer.weight.detach(), shares.weight), dense=shares.weight)
+            weight = share_rows(layer.weight.detach(), shares.weight.device_mesh)
+            shares = replace(shares, weight=weight, dense=shares.weight)
         elif layer.weight_changed:
             overwrite_rows(shares.weight, layer.weight.detach())
         layer.share(shares)

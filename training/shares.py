@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
@@ -33,13 +34,13 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
-def share_rows(tensor: Tensor, like: DTensor) -> DTensor:
-    """Share the first process's `tensor` out as `like` is. Every process must do so at once."""
-    from torch.distributed.tensor import distribute_tensor
+def share_rows(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
+    """Share the rows of the first process's `tensor` out over `mesh`. Every process must do so at once."""
+    from torch.distributed.tensor import Shard, distribute_tensor
 
-    return distribute_tensor(tensor, like.device_mesh, like.placements)
+    return distribute_tensor(tensor, mesh, [Shard(0)])
 
 
 def overwrite_rows(shared: DTensor, tensor: Tensor) -> None:
     """Put the rows of the first process's `tensor` into what is shared out. Every process must do so at once."""
-    shared.to_local().copy_(share_rows(tensor, shared).to_local())
+    shared.to_local().copy_(share_rows(tensor, shared.device_mesh).to_local())

@@ -270,9 +270,7 @@ class _Session:
     def run(self, tensors: dict[str, Tensor], stop: StopRequest) -> None:
         """Load the model and go through the remaining rounds."""
         self._write_records()
-        if self.held == "all":
-            keep_freed_memory()
-        elif self.held == "shared out":
+        if self.held == "shared out":
             return_freed_memory()
         parking = None if self.held == "all" else self.config.output / STATE_FOLDER / _PARKING
         self.adapted = load_adapted_model(self.config, self.compute, parking=parking)
@@ -286,6 +284,8 @@ class _Session:
                 self.adapted.store.clear()
 
     def _go_through(self, tensors: dict[str, Tensor], stop: StopRequest) -> None:
+        if self.held == "all":
+            keep_freed_memory()
         data = TuningData(self.inputs.tuning, self.config.batch_size, self.config.seed)
         self.tuner = Tuner(self.adapted, data, self.config, self.accelerator)
         self._restore(tensors)
