@@ -99,13 +99,17 @@ def workload_positions(prompt_tokens: int) -> NDArray[np.int64]:
 
 
 def workload_logits(runtime: Runtime, workload: Workload) -> NDArray[np.float32]:
-    """Logits of the timed work itself: chosen positions of the prefill, then the last decode step.
+    """Logits of the timed work itself: chosen positions of the prompt, then the last decode step.
+
+    As in the timed work the prompt's last logits, which decoding goes on from, are asked for alone.
 
     Returns: (positions + 1, V) float32.
     """
-    state = runtime.new_state(1, len(workload.prompt) + len(workload.forced))
-    prefill = runtime.prefill(state, 0, workload.prompt)[workload_positions(len(workload.prompt))]
-    last = prefill[-1:]
+    capacity = len(workload.prompt) + len(workload.forced)
+    whole = runtime.prefill(runtime.new_state(1, capacity), 0, workload.prompt)
+    before = whole[workload_positions(len(workload.prompt))[:-1]]
+    state = runtime.new_state(1, capacity)
+    after_prompt = last = runtime.prefill(state, 0, workload.prompt, last_only=True)
     for token in workload.forced:
         last = runtime.decode(state, np.array([token], dtype=np.int64))
-    return np.concatenate([prefill, last])
+    return np.concatenate([before, after_prompt, last])

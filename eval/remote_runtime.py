@@ -81,9 +81,11 @@ class RemoteRuntime:
         weakref.finalize(state, self._dropped.append, number)
         return state
 
-    def prefill(self, state: DecodeState, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def prefill(
+        self, state: DecodeState, row: int, token_ids: NDArray[np.int64], *, last_only: bool = False
+    ) -> NDArray[np.float32]:
         """As `Runtime.prefill`."""
-        logits: NDArray[np.float32] = self.ask(state, "prefill", row=row, token_ids=token_ids)
+        logits: NDArray[np.float32] = self.ask(state, "prefill", row=row, token_ids=token_ids, last_only=last_only)
         return logits
 
     def decode(self, state: DecodeState, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -183,7 +183,7 @@ class EngineSession:
         try:
             times[0] = clock()
             for row in range(batch):
-                logits = runtime.prefill(state, row, prompt)
+                logits = runtime.prefill(state, row, prompt, last_only=True)
             times[1] = clock()
             for index, step in enumerate(steps):
                 logits = runtime.decode(state, step)

@@ -1,4 +1,4 @@
-"""The wire format of protobuf messages: as much as it takes to walk through a model file, and to leave parts out.
+"""The wire format of protobuf messages: as much as it takes to walk through a model file, and to change small parts.
 
 https://protobuf.dev/programming-guides/encoding/
 """
@@ -66,6 +66,11 @@ def as_bytes(value: int | memoryview | None) -> memoryview:
 def message_field(number: int, content: bytes) -> bytes:
     """A message or string as a field."""
     return _encoded(number << 3 | BYTES) + _encoded(len(content)) + content
+
+
+def number_field(number: int, value: int) -> bytes:
+    """A whole number, not negative, as a field."""
+    return _encoded(number << 3 | VARINT) + _encoded(value)
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:

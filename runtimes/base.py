@@ -103,14 +103,17 @@ class Runtime(Protocol):
         """
         ...
 
-    def prefill(self, state: DecodeState, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def prefill(
+        self, state: DecodeState, row: int, token_ids: NDArray[np.int64], *, last_only: bool = False
+    ) -> NDArray[np.float32]:
         """Read a prompt into one empty row.
 
         Args:
             state: a cache made by new_state of this runtime.
             row: which of its rows.
             token_ids: (S,) integers in [0, V), S ≥ 1.
-        Returns: (S, V) float32 logits, one row after each token.
+            last_only: logits after the last token alone, which engines that can compute them so get sooner.
+        Returns: (S, V) float32 logits, one row after each token; (1, V) if last_only.
         Raises: InputError for an empty prompt, ids out of range, a row in use, or S beyond the capacity.
         """
         ...

@@ -61,15 +61,15 @@ class RowRuntime(ABC):
         check_state_size(batch, capacity, self.max_positions)
         return RowState(batch, capacity)
 
-    def prefill(self, state: DecodeState, row: int, token_ids: Int64) -> Float32:
-        """Read a prompt into one empty row; (S, V) float32."""
+    def prefill(self, state: DecodeState, row: int, token_ids: Int64, *, last_only: bool = False) -> Float32:
+        """Read a prompt into one empty row; (S, V) float32, or (1, V)."""
         check_open(self._closed, self.name)
         prompt = check_prompt(state, row, token_ids, self.vocab_size)
         if not isinstance(state, RowState):
             raise _foreign_state()
         sequence = Row(None, state.capacity)
         self.begin(sequence)
-        logits = self.append(sequence, prompt)
+        logits = self.append_for_last(sequence, prompt) if last_only else self.append(sequence, prompt)
         # Not before: an engine that fails leaves the row empty.
         state.rows[row] = sequence
         state.lengths[row] = sequence.length = prompt.size
@@ -105,6 +105,10 @@ class RowRuntime(ABC):
     @abstractmethod
     def append(self, row: Row, ids: Int64) -> Float32:
         """Logits (S, V) of the tokens `ids` behind those of a row, which they join; the caller counts them."""
+
+    def append_for_last(self, row: Row, ids: Int64) -> Float32:
+        """As `append`, but the last token's logits (1, V) alone; for engines that get at them sooner so."""
+        return self.append(row, ids)[-1:]
 
 
 def _foreign_state() -> InputError:

@@ -45,8 +45,8 @@ class DeepSparseRuntime(RowRuntime):
         super().__init__(vocab_size, max_positions)
         self._folder, self._threads = folder, threads
         self._library: Any = import_module("deepsparse.engine")
-        # Length of programs → tokens that enter at once → engine.
-        self._programs: dict[int, dict[int, Any]] = {}
+        # Length of programs → tokens that enter at once, and whether the last one's logits are all → engine.
+        self._programs: dict[int, dict[tuple[int, bool], Any]] = {}
         self._compile_seconds: list[float] = []
         self._supported = 1.0
 
@@ -84,9 +84,11 @@ class DeepSparseRuntime(RowRuntime):
 
     def append(self, row: Row, ids: Int64) -> Float32:
         """See `RowRuntime.append`. What is not there for these lengths is compiled."""
-        if row.handle is None:
-            row.handle = _Cache(self._library.LIB.kv_cache(0, 0), program_length(ids.size, row.capacity))
-        return self._run(row, row.length, ids)
+        return self._run(row, ids, last_only=False)
+
+    def append_for_last(self, row: Row, ids: Int64) -> Float32:
+        """See `RowRuntime.append_for_last`: by a program of its own."""
+        return self._run(row, ids, last_only=True)
 
     def describe(self) -> RuntimeDescription:
         """The engine, its threads, how much of the graph it accelerates, and the files."""
@@ -109,10 +111,12 @@ class DeepSparseRuntime(RowRuntime):
         super().close()
         self._programs = {}
 
-    def _run(self, row: Row, past: int, ids: Int64) -> Float32:
+    def _run(self, row: Row, ids: Int64, *, last_only: bool) -> Float32:
         """Run some tokens. They stand at the end of the cache's length, on which all programs of a cache must agree."""
+        if row.handle is None:
+            row.handle = _Cache(self._library.LIB.kv_cache(0, 0), program_length(ids.size, row.capacity))
         cache: _Cache = row.handle
-        engine, total = self._engine(ids.size, cache.length), cache.length
+        engine, total, past = self._engine(ids.size, cache.length, last_only), cache.length, row.length
         mask = (np.arange(total) >= total - past - ids.size).astype(np.int64)[None]
         given = {
             "input_ids": ids[None],
@@ -132,19 +136,20 @@ class DeepSparseRuntime(RowRuntime):
             raise RuntimeFailureError(f"DeepSparse failed while running the model: {error}") from error
         return found
 
-    def _engine(self, tokens: int, length: int) -> Any:
+    def _engine(self, tokens: int, length: int, last_only: bool) -> Any:
         """What was compiled for so many tokens in programs of that length; of other lengths the last one stays."""
         if length not in self._programs:
             for old in list(self._programs)[:-1]:
                 del self._programs[old]
         engines = self._programs.setdefault(length, {})
-        if tokens not in engines:
+        kind = tokens, last_only and tokens > 1
+        if kind not in engines:
             started = time.perf_counter()
-            engines[tokens] = self._compile(tokens, length)
+            engines[kind] = self._compile(*kind, length)
             self._compile_seconds.append(time.perf_counter() - started)
-        return engines[tokens]
+        return engines[kind]
 
-    def _compile(self, tokens: int, length: int) -> Any:
+    def _compile(self, tokens: int, last_only: bool, length: int) -> Any:
         onnx = import_module("onnx")
         model = onnx.load(str(self._folder / MODEL_FILE), load_external_data=False)
         for value in model.graph.input:
@@ -155,6 +160,8 @@ class DeepSparseRuntime(RowRuntime):
             ):
                 if size is not None:
                     dimension.dim_value = size
+        if last_only:
+            _cut_before_head(onnx, model.graph)
         cached = [output.name.startswith("present.") for output in model.graph.output]
         with tempfile.TemporaryDirectory(prefix="losa-deepsparse-") as scratch:
             for path in self._folder.glob(f"{MODEL_FILE}.*"):
@@ -177,6 +184,23 @@ def program_length(prompt: int, capacity: int) -> int:
     enters in pieces; and it spoils the answer of the token that fills the last place.
     """
     return max(capacity, 2 * prompt) + 1
+
+
+def _cut_before_head(onnx: Any, graph: Any) -> None:
+    """Let the head, a product in float32 or in 8 bits, read the last token alone."""
+    made_by = {output: node for node in graph.node for output in node.output}
+    node = made_by["logits"]
+    while node.op_type not in ("MatMul", "MatMulInteger"):  # scales
+        node = made_by[node.input[0]]
+    if made_by[node.input[0]].op_type == "QuantizeLinear":
+        node = made_by[node.input[0]]
+    whole, last = node.input[0], "last_token"
+    bounds = {"last_token.start": -1, "last_token.end": (1 << 63) - 1, "last_token.axis": 1}
+    for name, value in bounds.items():
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array([value], np.int64), name))
+    node.input[0] = last
+    place = next(index for index, one in enumerate(graph.node) if one is node or one == node)
+    graph.node.insert(place, onnx.helper.make_node("Slice", [whole, *bounds], [last]))
 
 
 def _sizes(name: str, tokens: int, total: int) -> tuple[int | None, ...]:

@@ -115,7 +115,7 @@ def _tokens(
     sampling = config.sampling
     # The last new token is never read back, so it needs no place in the cache.
     state = runtime.new_state(1, max(prompt.size, prompt.size + count - 1))
-    logits = runtime.prefill(state, 0, prompt)[-1]
+    logits = runtime.prefill(state, 0, prompt, last_only=True)[0]
     for step in range(count):
         token = choose_token(logits, sampling, generator)
         if token in stop:

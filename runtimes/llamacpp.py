@@ -117,11 +117,13 @@ class LlamaCppRuntime:
         self._states.add(state)
         return state
 
-    def prefill(self, state: DecodeState, row: int, token_ids: Int64) -> Float32:
-        """Read a prompt into one empty row; (S, V) float32."""
+    def prefill(self, state: DecodeState, row: int, token_ids: Int64, *, last_only: bool = False) -> Float32:
+        """Read a prompt into one empty row; (S, V) float32, or (1, V)."""
         check_open(self._model is None, self.name)
         prompt = check_prompt(state, row, token_ids, self.vocab_size)
-        logits = self._append(state, prompt, np.arange(prompt.size), np.full(prompt.size, row))
+        places = np.arange(prompt.size)
+        wanted = places >= (prompt.size - 1 if last_only else 0)
+        logits = self._append(state, prompt, places, np.full(prompt.size, row), wanted)
         state.lengths[row] = prompt.size
         return logits
 
@@ -129,19 +131,22 @@ class LlamaCppRuntime:
         """Append one token to each row, all in one call; (batch, V) float32."""
         check_open(self._model is None, self.name)
         tokens = check_next_tokens(state, token_ids, self.vocab_size)
-        logits = self._append(state, tokens, state.lengths, np.arange(tokens.size))
+        logits = self._append(state, tokens, state.lengths, np.arange(tokens.size), np.ones(tokens.size, np.bool_))
         state.lengths[:] += 1
         return logits
 
-    def _append(self, state: DecodeState, ids: Int64, positions: Int64, rows: Int64) -> Float32:
-        """Logits (S, V) of S tokens, each at its position of its row."""
+    def _append(
+        self, state: DecodeState, ids: Int64, positions: Int64, rows: Int64, wanted: NDArray[np.bool_]
+    ) -> Float32:
+        """Logits (…, V) of those tokens for which they are wanted; each token has its position of its row."""
         if not isinstance(state, LlamaCppState):
             raise InputError("this state was made by another runtime; make it with new_state() of this one")
         count = ids.size
         batch = self._library.llama_batch_init(count, 0, 1)
         try:
             batch.n_tokens = count
-            for pointer, values in ((batch.token, ids), (batch.pos, positions), (batch.n_seq_id, 1), (batch.logits, 1)):
+            given = ((batch.token, ids), (batch.pos, positions), (batch.n_seq_id, 1), (batch.logits, wanted))
+            for pointer, values in given:
                 np.ctypeslib.as_array(pointer, (count,))[:] = values
             for place, row in enumerate(rows.tolist()):
                 batch.seq_id[place][0] = row
@@ -152,7 +157,7 @@ class LlamaCppRuntime:
             raise RuntimeFailureError(f"llama.cpp failed while running the model (code {code})", code=code)
         logits = self._library.llama_get_logits(state.context)
         # llama.cpp uses the memory of its answer again.
-        return np.array(np.ctypeslib.as_array(logits, (count, self.vocab_size)), dtype=np.float32)
+        return np.array(np.ctypeslib.as_array(logits, (int(wanted.sum()), self.vocab_size)), dtype=np.float32)
 
     def describe(self) -> RuntimeDescription:
         """The binding's version, what the build uses of this processor, and the files."""

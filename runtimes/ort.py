@@ -18,6 +18,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from losa_export.errors import CheckpointError, InputError
+from losa_export.onnx_logits import FIRST_LOGIT
 from losa_export.runtimes.base import (
     DecodeState,
     RuntimeDescription,
@@ -138,6 +139,7 @@ class OrtRuntime:
     Attributes:
         kernel_row: row of our kernel table that computes the graph's sparse nodes; None if none of them does.
         layout: of the cache.
+        chooses_logits: the head reads no other tokens than those whose logits are wanted; else it reads all.
     """
 
     def __init__(self, opened: OpenSession, folder: Path, options: SessionOptions) -> None:
@@ -148,6 +150,7 @@ class OrtRuntime:
         self._session: Any = opened.session
         self._reader: Any = None  # the same graph without logits, opened when it is first needed
         self._input_types = {item.name: _dtype(item.type) for item in opened.session.get_inputs()}
+        self.chooses_logits = FIRST_LOGIT in self._input_types
         self.layout = read_layout(opened, folder)
         self.vocab_size, self.max_positions = read_sizes(opened, folder)
 
@@ -171,7 +174,7 @@ class OrtRuntime:
             stop_spinning: see SessionOptions; `absorb` wants it.
         Raises: ConfigError for an impossible number of threads, and what open_session raises.
         """
-        options = SessionOptions(resolve_threads(threads), custom_op, prepack, stop_spinning)
+        options = SessionOptions(resolve_threads(threads), custom_op, prepack, stop_spinning, choose_logits=True)
         return cls(open_session(folder, options), folder, options)
 
     def new_state(self, batch: int, capacity: int) -> SharedState | GrowingState:
@@ -182,23 +185,24 @@ class OrtRuntime:
             return SharedState.allocate(self._session, self.layout, batch, capacity)
         return GrowingState(self.layout, batch, capacity)
 
-    def prefill(self, state: DecodeState, row: int, token_ids: Int64) -> Float32:
-        """Read a prompt into one empty row; (S, V) float32.
+    def prefill(self, state: DecodeState, row: int, token_ids: Int64, *, last_only: bool = False) -> Float32:
+        """Read a prompt into one empty row; (S, V) float32, or (1, V).
 
         One row at a time, because GroupQueryAttention on the CPU takes no batch of prompts beside a past.
         """
         self._check_open()
         prompt = check_prompt(state, row, token_ids, self.vocab_size)
         ids, positions = prompt[None], np.arange(prompt.size, dtype=np.int64)[None]
+        first = prompt.size - 1 if last_only else 0
         if isinstance(state, SharedState):
             # A row of a contiguous buffer is contiguous: the graph writes straight into it.
             binding = self._session.io_binding()
             bind_shared(binding, self.layout, [buffer[row : row + 1] for buffer in state.buffers])
-            logits = self._run(binding, ids, positions, state.ones[:, : prompt.size], "prefill")
+            logits = self._run(binding, ids, positions, state.ones[:, : prompt.size], "prefill", first)
         elif isinstance(state, GrowingState):
             state.split()
             past = [ort.OrtValue.ortvalue_from_numpy(array) for array in state.no_past()]
-            logits, present = self._run_growing(past, ids, positions, np.ones_like(ids), "prefill")
+            logits, present = self._run_growing(past, ids, positions, np.ones_like(ids), "prefill", first)
             state.rows[row] = [value.numpy() for value in present]
         else:
             raise _foreign_state()
@@ -262,7 +266,7 @@ class OrtRuntime:
         Raises: FormatError for a graph that cannot do without its logits, and what open_session raises.
         """
         if self._reader is None:
-            options = replace(self._options, outputs=_PRESENT)
+            options = replace(self._options, outputs=_PRESENT, choose_logits=False)
             self._reader = open_session(self._folder, options).session
 
     def truncate(self, state: DecodeState, row: int, length: int) -> None:
@@ -324,35 +328,37 @@ class OrtRuntime:
         given = {"input_ids": ids, "position_ids": positions, "positions": positions, "attention_mask": mask}
         if "causal_mask" in self._input_types:
             given["causal_mask"] = causal_mask(mask, ids.shape[1])
-        kept = []
-        for name, array in given.items():
-            if name in self._input_types:
-                typed = np.ascontiguousarray(array, dtype=self._input_types[name])
-                binding.bind_input(name, "cpu", 0, typed.dtype.type, typed.shape, typed.ctypes.data)
-                kept.append(typed)
-        return kept
+        return [self._bind(binding, name, array) for name, array in given.items() if name in self._input_types]
 
-    def _run(self, binding: Any, ids: Int64, positions: Int64, mask: Int64, what: str) -> Float32:
-        """Run with the cache already bound; logits land in a fresh array, so no caller's result changes later."""
+    def _bind(self, binding: Any, name: str, array: Int64) -> Any:
+        """Bind one input. Returns: the memory it is read from."""
+        typed = np.ascontiguousarray(array, dtype=self._input_types[name])
+        binding.bind_input(name, "cpu", 0, typed.dtype.type, typed.shape, typed.ctypes.data)
+        return typed
+
+    def _run(self, binding: Any, ids: Int64, positions: Int64, mask: Int64, what: str, first: int = 0) -> Float32:
+        """Run with the cache already bound. Returns: logits from token `first` on, in an array of their own."""
         kept = self._bind_tokens(binding, ids, positions, mask)
-        logits = np.empty((*ids.shape, self.vocab_size), np.float32)
+        if self.chooses_logits:
+            kept.append(self._bind(binding, FIRST_LOGIT, np.array([first])))
+        logits = np.empty((len(ids), ids.shape[1] - (first if self.chooses_logits else 0), self.vocab_size), np.float32)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # the binding's exception classes share no base of their own
             raise run_failed(error, self.name, what) from error
         del kept
-        return logits
+        return logits if self.chooses_logits else logits[:, first:]
 
     def _run_growing(
-        self, past: list[Any], ids: Int64, positions: Int64, mask: Int64, what: str
+        self, past: list[Any], ids: Int64, positions: Int64, mask: Int64, what: str, first: int = 0
     ) -> tuple[Float32, list[Any]]:
         binding = self._session.io_binding()
         for name, value in zip(self.layout.inputs, past, strict=True):
             binding.bind_ortvalue_input(name, value)
         for name in self.layout.outputs:
             binding.bind_output(name, "cpu")
-        logits = self._run(binding, ids, positions, mask, what)
+        logits = self._run(binding, ids, positions, mask, what, first)
         # Outputs come in the order in which they were bound, with the logits last.
         return logits, list(binding.get_outputs()[: len(self.layout.outputs)])
 

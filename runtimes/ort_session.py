@@ -16,6 +16,7 @@ import onnxruntime as ort
 from losa_export.checkpoint import read_json_if_any
 from losa_export.errors import CheckpointError, FormatError, KernelError, LosaError, RuntimeFailureError
 from losa_export.onnx_file import MODEL_FILE, check_references
+from losa_export.onnx_logits import with_first_logit
 from losa_export.onnx_outputs import with_outputs
 from losa_export.runtimes import native
 
@@ -34,6 +35,7 @@ class SessionOptions:
         stop_spinning: let threads stop waiting busily when a run returns: for a process that has other work between
             two runs, or several sessions, whose threads would else take each other's processors.
         outputs: begin of the names of those outputs that are computed; '' is all of them.
+        choose_logits: let an input say from which token on logits are computed, where the graph is one of ours.
     """
 
     threads: int
@@ -41,6 +43,7 @@ class SessionOptions:
     prepack: bool = True
     stop_spinning: bool = False
     outputs: str = ""
+    choose_logits: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,16 +84,15 @@ def open_session(folder: Path, options: SessionOptions) -> OpenSession:
         chosen.add_session_config_entry("session.disable_prepacking", "1")
     if options.stop_spinning:
         chosen.add_session_config_entry("session.force_spinning_stop", "1")
-    model: str | bytes = str(path)
-    if options.outputs:
-        model = _pruned(path, options.outputs)
+    rewritten = _rewritten(path, options)
+    if rewritten is not None:
         chosen.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     row: str | None = None
     if options.custom_op:
         row = native.describe().row  # an unknown LOSA_KERNEL is told here, in our own words
         _register(chosen, native.library_path())
     try:
-        session = ort.InferenceSession(model, chosen, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(rewritten or str(path), chosen, providers=["CPUExecutionProvider"])
     except Exception as error:  # the binding has a dozen exception classes with no common base of their own
         _refuse(error, path)
     if not any(domain == _SPARSE_DOMAIN for domain, _ in references.operators):
@@ -98,11 +100,15 @@ def open_session(folder: Path, options: SessionOptions) -> OpenSession:
     return OpenSession(session, row, settings)
 
 
-def _pruned(path: Path, outputs: str) -> bytes:
+def _rewritten(path: Path, options: SessionOptions) -> bytes | None:
+    """The graph as the options want it; None for the file as it is."""
     try:
-        return with_outputs(path.read_bytes(), lambda name: name.startswith(outputs))
+        if options.outputs:
+            return with_outputs(path.read_bytes(), lambda name: name.startswith(options.outputs))
+        return with_first_logit(path.read_bytes()) if options.choose_logits else None
     except ValueError as error:
-        raise FormatError(f"'{path}' cannot be cut to its outputs '{outputs}…': {error}", path=path) from error
+        what = f"cut to its outputs '{options.outputs}…'" if options.outputs else "read"
+        raise FormatError(f"'{path}' cannot be {what}: {error}", path=path) from error
 
 
 def run_failed(error: Exception, name: str, what: str) -> RuntimeFailureError:

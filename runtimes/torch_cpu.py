@@ -123,14 +123,16 @@ class TorchRuntime:
         check_state_size(batch, capacity, self.max_positions)
         return TorchState(batch, capacity)
 
-    def prefill(self, state: DecodeState, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read a prompt into one empty row; (S, V) float32."""
+    def prefill(
+        self, state: DecodeState, row: int, token_ids: NDArray[np.int64], *, last_only: bool = False
+    ) -> NDArray[np.float32]:
+        """Read a prompt into one empty row; (S, V) float32, or (1, V)."""
         self._check_open()
         state = _own(state)
         prompt = check_prompt(state, row, token_ids, self.vocab_size)
         state.split()
         cache = self._cache([])
-        logits = self._forward(prompt[None], np.arange(prompt.size)[None], cache, None)
+        logits = self._forward(prompt[None], np.arange(prompt.size)[None], cache, None, last_only=last_only)
         state.rows[row] = [(layer.keys, layer.values) for layer in cache.layers]
         state.lengths[row] = prompt.size
         only_row: NDArray[np.float32] = logits[0]
@@ -203,7 +205,13 @@ class TorchRuntime:
         check_open(self._model is None, self.name)
 
     def _forward(
-        self, ids: NDArray[np.int64], positions: NDArray[np.int64], cache: Any, mask: NDArray[np.int64] | None
+        self,
+        ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        cache: Any,
+        mask: NDArray[np.int64] | None,
+        *,
+        last_only: bool = False,
     ) -> NDArray[np.float32]:
         import torch
 
@@ -214,6 +222,7 @@ class TorchRuntime:
                 attention_mask=None if mask is None else torch.from_numpy(mask),
                 past_key_values=cache,
                 use_cache=True,
+                logits_to_keep=int(last_only),  # 0: all
             )
         logits: NDArray[np.float32] = output.logits.float().numpy()
         return logits

@@ -43,13 +43,13 @@ class FakeRuntime:
         state.steps = 0
         return state
 
-    def prefill(self, state, row, token_ids):
+    def prefill(self, state, row, token_ids, *, last_only=False):
         assert state.lengths[row] == 0, "row must be empty"
         logits = np.stack([self._take(state, row, token) for token in token_ids])
         self.calls.append(("prefill", row, len(token_ids)))
         if self.disturb:
             logits = self.disturb("prefill", row, state, logits)
-        return logits
+        return logits[-1:] if last_only else logits
 
     def decode(self, state, token_ids):
         logits = np.stack([self._take(state, row, token) for row, token in enumerate(token_ids)])

@@ -159,6 +159,9 @@ def check_answers(exported: Exported, folder: Path, runtime: str, tolerance: dic
     for row, length in enumerate(lengths):
         logits = opened.prefill(state, row, exported.ids[row, :length])
         np.testing.assert_allclose(logits, exported.logits(exported.ids[row : row + 1, :length])[0], **tolerance)
+        state.reset(row)
+        last = opened.prefill(state, row, exported.ids[row, :length], last_only=True)
+        np.testing.assert_allclose(last, logits[-1:], **tolerance)
     for step in range(3):
         tokens = np.array([exported.ids[row, length + step] for row, length in enumerate(lengths)])
         decoded = opened.decode(state, tokens)

@@ -18,6 +18,7 @@ from losa_export.runtimes.base import Runtime
 from losa_export.runtimes.generate import GenerationConfig, generate_text, generate_tokens
 from losa_export.runtimes.loader import load_runtime
 from losa_export.runtimes.native import describe
+from losa_export.runtimes.ort import OrtRuntime
 
 # float32, logits of order 5 after two blocks; each engine sums in its own order
 TOLERANCE = 5e-5
@@ -74,6 +75,25 @@ def alone(runtime: Runtime, sequence: NDArray[np.int64]) -> NDArray[np.float32]:
 def test_prefill_answers_as_the_checkpoint_does(runtime: Runtime, torch_runtime: Runtime) -> None:
     for sequence in sequences():
         np.testing.assert_allclose(alone(runtime, sequence), alone(torch_runtime, sequence), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_the_last_logits_alone_are_those_of_the_whole_prompt(runtime: Runtime, length: int) -> None:
+    sequence = sequences()[1][: length + 1]
+    whole = alone(runtime, sequence)
+    state = runtime.new_state(2, 12)
+    last = runtime.prefill(state, 1, sequence[:length], last_only=True)
+    assert last.shape == (1, runtime.vocab_size)
+    np.testing.assert_allclose(last[0], whole[length - 1], atol=TOLERANCE)
+    assert state.lengths.tolist() == [0, length]
+    decoded = runtime.decode(state, np.array([3, sequence[length]]))[1]
+    np.testing.assert_allclose(decoded, whole[length], atol=TOLERANCE)
+
+
+def test_the_head_of_an_export_reads_no_more_tokens_than_are_asked_for(runtime: Runtime) -> None:
+    """In profile 'ort'; heads of profile 'standard' reshape what they read."""
+    assert isinstance(runtime, OrtRuntime)
+    assert runtime.chooses_logits == runtime.layout.shared
 
 
 def test_decoding_rows_of_different_lengths_equals_each_row_alone(runtime: Runtime) -> None:

@@ -51,10 +51,12 @@ class CountingRuntime:
         self.states.append(CountingState(batch, capacity))
         return self.states[-1]
 
-    def prefill(self, state: DecodeState, row: int, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def prefill(
+        self, state: DecodeState, row: int, token_ids: NDArray[np.int64], *, last_only: bool = False
+    ) -> NDArray[np.float32]:
         prompt = check_prompt(state, row, token_ids, VOCAB)
         state.lengths[row] = prompt.size
-        return self._logits(prompt)
+        return self._logits(prompt[-1:] if last_only else prompt)
 
     def decode(self, state: DecodeState, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         tokens = check_next_tokens(state, token_ids, VOCAB)

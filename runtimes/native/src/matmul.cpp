@@ -167,27 +167,50 @@ bool multiply(const KernelRow& row, const Weight& w, const float* x, int64_t tok
   return true;
 }
 
+namespace {
+
+/// Columns `first` to `last` of a row, where each step of `Width` columns has kBlockRows rows. read(position) gives a
+/// stored value. Within a step there are no gaps, so that a compiler may take it in one load.
+template <int64_t Width, class Read>
+void copy_columns(int64_t row_of_block, int64_t first, int64_t last, const Read& read, float* y) {
+  for (int64_t k = first; k < last; k += Width) {
+    const int64_t position = k * kBlockRows + row_of_block * Width;
+    for (int64_t c = 0; c < Width && k + c < last; ++c) y[k + c] = read(position + c);
+  }
+}
+
+/// read(position) gives a level, which a group's scale turns into a value.
+template <class Read>
+void copy_scaled(const Weight& w, int64_t block, int64_t row_of_block, const Read& read, float* y) {
+  for (int64_t first = 0; first < w.columns; first += w.group) {
+    const int64_t last = first + w.group < w.columns ? first + w.group : w.columns;
+    const int64_t place = first / w.group * kBlockRows + row_of_block;
+    const float scale = from_fp16(load_at<uint16_t>(w.block_scales(block), place));
+    copy_columns<4>(row_of_block, first, last, [&](int64_t at) { return static_cast<float>(read(at)) * scale; }, y);
+  }
+}
+
+void copy_row(const Weight& w, int64_t block, int64_t row, float* y) {
+  const uint8_t* values = w.block_values(block);
+  switch (w.type) {
+    case ValueType::kFp32:
+      return copy_columns<1>(row, 0, w.columns, [&](int64_t at) { return load_at<float>(values, at); }, y);
+    case ValueType::kBf16:
+      return copy_columns<2>(row, 0, w.columns, [&](int64_t at) { return from_bf16(load_at<uint16_t>(values, at)); }, y);
+    case ValueType::kInt8:
+      return copy_scaled(w, block, row, [&](int64_t at) { return static_cast<int8_t>(values[at]); }, y);
+    case ValueType::kInt4:
+      return copy_scaled(w, block, row, [&](int64_t at) { return w.codebook[values[at / 2] >> (at % 2 * 4) & 15]; }, y);
+  }
+}
+
+}  // namespace
+
 int64_t gather_rows(const Weight& w, const int64_t* ids, int64_t count, float* y) noexcept {
-  const int64_t width = step_columns(w.type);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t id = load_at<int64_t>(ids, i);
     if (id < 0 || id >= w.rows) return i;
-    const uint8_t* values = w.block_values(id / kBlockRows);
-    for (int64_t k = 0; k < w.columns; ++k) {
-      const int64_t position = k / width * (kBlockRows * width) + id % kBlockRows * width + k % width;
-      float value;
-      switch (w.type) {
-        case ValueType::kFp32: value = load_at<float>(values, position); break;
-        case ValueType::kBf16: value = from_bf16(load_at<uint16_t>(values, position)); break;
-        case ValueType::kInt8: value = static_cast<float>(static_cast<int8_t>(values[position])); break;
-        default: value = static_cast<float>(w.codebook[values[position / 2] >> (position % 2 * 4) & 15]);
-      }
-      if (is_integer(w.type)) {
-        const int64_t scale = k / w.group * kBlockRows + id % kBlockRows;
-        value *= from_fp16(load_at<uint16_t>(w.block_scales(id / kBlockRows), scale));
-      }
-      y[i * w.columns + k] = value;
-    }
+    copy_row(w, id / kBlockRows, id % kBlockRows, y + i * w.columns);
   }
   return -1;
 }
