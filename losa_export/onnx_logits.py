@@ -79,7 +79,7 @@ def _find_head(parts: list[tuple[int, int | memoryview | None, memoryview]]) -> 
         if number != _NODE:
             continue
         found = list(fields(as_bytes(value)))
-        if text(found, _NODE_OUTPUT) != _LOGITS:
+        if _LOGITS not in _strings(found, _NODE_OUTPUT):
             continue
         op_type, inputs = text(found, _NODE_OP_TYPE), _strings(found, _NODE_INPUT)
         if op_type.startswith(_OWN_NORMED_PRODUCT):

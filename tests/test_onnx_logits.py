@@ -62,6 +62,7 @@ def test_both_rows_of_a_norm_with_its_sum_are_cut() -> None:
     head = model.graph.node[1]
     head.op_type, head.domain = "SkipNormDenseMatMulInt8", "losa.sparse"
     head.input[:] = ["hidden", "x", "gamma", "values", "scales"]
+    head.output[:] = ["logits", "sum"]
     changed = with_first_logit(model.SerializeToString())
     assert changed is not None
     nodes = onnx.load_from_string(changed).graph.node

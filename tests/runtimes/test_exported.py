@@ -14,7 +14,7 @@ pytest.importorskip("onnx_ir", reason="needs the extra 'export'")
 from losa_export.errors import FormatError
 from losa_export.export import ExportConfig, export_onnx
 from losa_export.onnx_file import check_references
-from losa_export.runtimes.base import Runtime
+from losa_export.runtimes.base import Runtime, RuntimeName
 from losa_export.runtimes.generate import GenerationConfig, generate_text, generate_tokens
 from losa_export.runtimes.loader import load_runtime
 from losa_export.runtimes.native import describe
@@ -94,6 +94,21 @@ def test_the_head_of_an_export_reads_no_more_tokens_than_are_asked_for(runtime: 
     """In profile 'ort'; heads of profile 'standard' reshape what they read."""
     assert isinstance(runtime, OrtRuntime)
     assert runtime.chooses_logits == runtime.layout.shared
+
+
+@pytest.mark.parametrize("engine", ["ort", "ort-stock"])
+def test_a_head_of_ours_with_its_norm_inside_reads_no_more_either(
+    pruned: Path, tmp_path: Path, kernels: Path, engine: RuntimeName
+) -> None:
+    export_onnx(ExportConfig(pruned, tmp_path / "onnx", head="int8", gate=False, progress=False))
+    assert ("losa.sparse", "SkipNormDenseMatMulInt8") in check_references(tmp_path / "onnx").operators
+    runtime = load_runtime(engine, tmp_path / "onnx", threads=1)
+    assert isinstance(runtime, OrtRuntime)
+    assert runtime.chooses_logits
+    prompt = sequences()[1]
+    last = runtime.prefill(runtime.new_state(1, 20), 0, prompt, last_only=True)
+    # What the head reads is rounded to 16 bits, where a float32 that was summed otherwise may fall to the other side.
+    np.testing.assert_allclose(last, alone(runtime, prompt)[-1:], atol=1e-3)
 
 
 def test_decoding_rows_of_different_lengths_equals_each_row_alone(runtime: Runtime) -> None:
