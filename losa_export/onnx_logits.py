@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from losa_export.protobuf_wire import Field, as_bytes, fields, message_field, number_field, raw_fields, text
+from losa_export.protobuf_wire import as_bytes, fields, message_field, number_field, raw_fields, text, texts
 
 FIRST_LOGIT = "first_logit"
 """The new input, int64 (1,): the first of the tokens given whose logits are computed."""
@@ -22,7 +22,7 @@ _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW = 1, 2, 8, 9
 _INT64 = 7
 
 _LOGITS = "logits"
-_PROFILE = b"losa.profile"
+_PROFILE = "losa.profile"
 _PRODUCTS = ("MatMul", "FusedMatMul", "MatMulNBits")
 _OWN_PRODUCT, _OWN_NORMED_PRODUCT = "DenseMatMul", "SkipNormDenseMatMul"
 _END, _AXIS = "first_logit.end", "first_logit.axis"
@@ -43,7 +43,7 @@ def with_first_logit(model: bytes) -> bytes | None:
     """
     parts = list(raw_fields(memoryview(model)))
     entries = (as_bytes(value) for number, value, _ in parts if number == _MODEL_METADATA)
-    if not any(text(list(fields(entry)), _ENTRY_KEY).encode() == _PROFILE for entry in entries):
+    if not any(text(list(fields(entry)), _ENTRY_KEY) == _PROFILE for entry in entries):
         return None
     kept = []
     for number, value, raw in parts:
@@ -79,18 +79,14 @@ def _find_head(parts: list[tuple[int, int | memoryview | None, memoryview]]) -> 
         if number != _NODE:
             continue
         found = list(fields(as_bytes(value)))
-        if _LOGITS not in _strings(found, _NODE_OUTPUT):
+        if _LOGITS not in texts(found, _NODE_OUTPUT):
             continue
-        op_type, inputs = text(found, _NODE_OP_TYPE), _strings(found, _NODE_INPUT)
+        op_type, inputs = text(found, _NODE_OP_TYPE), texts(found, _NODE_INPUT)
         if op_type.startswith(_OWN_NORMED_PRODUCT):
             return _Head(place, inputs[:2])  # what is normed, and what is added to it
         if op_type in _PRODUCTS or op_type.startswith(_OWN_PRODUCT):
             return _Head(place, inputs[:1])
     return None
-
-
-def _strings(found: list[Field], wanted: int) -> tuple[str, ...]:
-    return tuple(bytes(as_bytes(value)).decode() for number, value in found if number == wanted)
 
 
 def _cut(name: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from losa_export.protobuf_wire import Field, as_bytes, fields, message_field, raw_fields, text
+from losa_export.protobuf_wire import Field, as_bytes, fields, message_field, raw_fields, text, texts
 
 # Field numbers of onnx.proto3.
 _MODEL_GRAPH = 7
@@ -75,8 +75,4 @@ def _read_node(message: memoryview) -> _Node:
             inner in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS) for inner, _ in fields(as_bytes(value))
         ):
             raise ValueError("a node holds a graph of its own")
-
-    def strings(wanted: int) -> tuple[str, ...]:
-        return tuple(bytes(as_bytes(value)).decode() for number, value in found if number == wanted)
-
-    return _Node(strings(_NODE_INPUT), strings(_NODE_OUTPUT))
+    return _Node(texts(found, _NODE_INPUT), texts(found, _NODE_OUTPUT))

@@ -56,6 +56,11 @@ def text(found: list[Field], number: int) -> str:
     return ""
 
 
+def texts(found: list[Field], number: int) -> tuple[str, ...]:
+    """All strings of that number. Raises: ValueError if one is none."""
+    return tuple(bytes(as_bytes(value)).decode("utf-8") for one, value in found if one == number)
+
+
 def as_bytes(value: int | memoryview | None) -> memoryview:
     """A string or message. Raises: ValueError for a number."""
     if not isinstance(value, memoryview):

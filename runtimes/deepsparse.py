@@ -199,8 +199,7 @@ def _cut_before_head(onnx: Any, graph: Any) -> None:
     for name, value in bounds.items():
         graph.initializer.append(onnx.numpy_helper.from_array(np.array([value], np.int64), name))
     node.input[0] = last
-    place = next(index for index, one in enumerate(graph.node) if one is node or one == node)
-    graph.node.insert(place, onnx.helper.make_node("Slice", [whole, *bounds], [last]))
+    graph.node.insert(list(graph.node).index(node), onnx.helper.make_node("Slice", [whole, *bounds], [last]))
 
 
 def _sizes(name: str, tokens: int, total: int) -> tuple[int | None, ...]:

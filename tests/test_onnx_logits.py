@@ -7,10 +7,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from losa_export.onnx_logits import FIRST_LOGIT, with_first_logit
+from tests.damage import damaged
 
 WEIGHT = np.arange(6, dtype=np.float32).reshape(2, 3) - 2
 
@@ -75,11 +75,7 @@ def test_a_graph_from_elsewhere_or_with_an_unknown_head_is_left_alone(model: byt
     assert with_first_logit(model) is None
 
 
-@given(cut=st.integers(0, 400), flips=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=3))
-def test_a_damaged_file_is_a_value_error_or_still_a_model(cut: int, flips: list[tuple[int, int]]) -> None:
-    data = bytearray(small_model())
-    for place, byte in flips:
-        data[place % len(data)] = byte
-    del data[len(data) - min(cut, len(data)) :]
+@given(model=damaged(small_model()))
+def test_a_damaged_file_is_a_value_error_or_still_a_model(model: bytes) -> None:
     with contextlib.suppress(ValueError):  # any other exception is a fault
-        with_first_logit(bytes(data))
+        with_first_logit(model)

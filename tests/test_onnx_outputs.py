@@ -6,10 +6,10 @@ from collections.abc import Callable
 import onnx
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from losa_export.onnx_outputs import with_outputs
+from tests.damage import damaged
 
 
 def value(name: str) -> onnx.ValueInfoProto:
@@ -72,12 +72,8 @@ def test_an_output_that_is_not_there_is_told() -> None:
         with_outputs(small_model(), lambda name: name == "nonsense")
 
 
-@given(cut=st.integers(0, 400), flips=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=3))
-def test_a_damaged_file_is_a_value_error_or_still_a_model(cut: int, flips: list[tuple[int, int]]) -> None:
-    data = bytearray(small_model())
-    for place, byte in flips:
-        data[place % len(data)] = byte
-    del data[len(data) - min(cut, len(data)) :]
+@given(model=damaged(small_model()))
+def test_a_damaged_file_is_a_value_error_or_still_a_model(model: bytes) -> None:
     wanted: Callable[[str], bool] = lambda name: name.startswith("present.")  # noqa: E731
     with contextlib.suppress(ValueError):  # any other exception is a fault
-        with_outputs(bytes(data), wanted)
+        with_outputs(model, wanted)
