@@ -111,7 +111,7 @@ Example make_example(ValueType type, Kind kind, int64_t rows, int64_t columns, d
   append(&e.bytes[kOffsets], int64_t{0});
   int64_t elements = 0;
   for (int64_t block = 0; block < blocks; ++block) {
-    const double keep = block % 3 == 1 ? 1.0 : block % 4 == 2 ? 0.0 : density;
+    const double keep = block % 6 == 1 ? 1.0 : block % 4 == 2 ? 0.0 : density;
     for (int64_t step = 0; step < steps; ++step) {
       uint64_t mask = 0;
       int64_t in_step = 0;

@@ -85,7 +85,7 @@ struct Example {
 int64_t width_of(ValueType type);
 bool quantised(ValueType type);
 
-/// A sound weight of `rows` (if gated, in each of its two matrices) and `columns`. Of a sparse one every third
+/// A sound weight of `rows` (if gated, in each of its two matrices) and `columns`. Of a sparse one every sixth
 /// block is all kept, every fourth is empty, and some rows are empty.
 Example make_example(ValueType type, Kind kind, int64_t rows, int64_t columns, double density, int64_t group,
                      int64_t activation_bits, Random& random);

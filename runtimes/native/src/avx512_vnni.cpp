@@ -27,13 +27,14 @@ namespace {
 #include "losa/loops/avx512_decode.h"
 #include "losa/loops/avx512_floats.h"
 #include "losa/loops/avx512_bf16.h"
+#include "losa/loops/vnni_masks.h"
 #include "losa/loops/vnni_elements.h"
 #include "losa/loops/vnni_pack.h"
 #include "losa/loops/vnni_round.h"
 
-// To expand an int8 step up to four times, for 8 tokens each, takes less than to write it to a tile once: on a Zen 5 by
-// 10 to 40 % at 9 to 32 tokens. int4, whose levels are looked up, is expanded once.
-constexpr int64_t kInt8PrefillTokens = 33;
+// To expand an int8 step two or three times, for 8 tokens each, takes about as long as to write it to a tile once: up to
+// 16 tokens on a Zen 4, and 32 on a Zen 5. int4, whose levels are looked up, is expanded once.
+constexpr int64_t kInt8PrefillTokens = 25;
 
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -26,6 +26,7 @@ struct __m256i {
 struct __m128i {
   uint8_t byte[16];
 };
+using __mmask8 = uint8_t;
 using __mmask16 = uint16_t;
 using __mmask32 = uint32_t;
 using __mmask64 = uint64_t;
@@ -162,11 +163,19 @@ EMULATED void _mm512_store_si512(void* to, __m512i value) { emulated::store_alig
 EMULATED __m512i _mm512_maskz_loadu_epi32(__mmask16 mask, const void* from) {
   return emulated::masked_load<int32_t, __m512i>(mask, from);
 }
+EMULATED __m512i _mm512_maskz_loadu_epi64(__mmask8 mask, const void* from) {
+  return emulated::masked_load<int64_t, __m512i>(mask, from);
+}
 EMULATED __m512i _mm512_maskz_expand_epi16(__mmask32 mask, __m512i a) {
   return emulated::expand<uint16_t, __m512i>(mask, &a);
 }
 EMULATED __m512i _mm512_maskz_expand_epi8(__mmask64 mask, __m512i a) {
   return emulated::expand<uint8_t, __m512i>(mask, &a);
+}
+EMULATED __m512i _mm512_mask_expand_epi8(__m512i others, __mmask64 mask, __m512i a) {
+  const __m512i expanded = _mm512_maskz_expand_epi8(mask, a);
+  return emulated::lanes<uint8_t, __m512i>(
+      [&](int i) { return mask >> i & 1 ? expanded.byte[i] : others.byte[i]; });
 }
 EMULATED __m512i _mm512_set1_epi8(char value) {
   return emulated::lanes<char, __m512i>([&](int) { return value; });
@@ -197,6 +206,9 @@ EMULATED __m512i _mm512_sub_epi32(__m512i a, __m512i b) {
 }
 EMULATED __m512i _mm512_and_epi32(__m512i a, __m512i b) {
   return emulated::lanes<uint8_t, __m512i>([&](int i) { return a.byte[i] & b.byte[i]; });
+}
+EMULATED __m512i _mm512_or_si512(__m512i a, __m512i b) {
+  return emulated::lanes<uint8_t, __m512i>([&](int i) { return a.byte[i] | b.byte[i]; });
 }
 EMULATED __m512i _mm512_xor_si512(__m512i a, __m512i b) {
   return emulated::lanes<uint8_t, __m512i>([&](int i) { return a.byte[i] ^ b.byte[i]; });
@@ -241,12 +253,6 @@ EMULATED int _mm512_reduce_add_epi32(__m512i a) {
   for (int i = 0; i < 16; ++i) sum += emulated::get<uint32_t>(a, i);
   return static_cast<int>(sum);
 }
-EMULATED __mmask16 _mm512_test_epi32_mask(__m512i a, __m512i b) {
-  unsigned mask = 0;
-  for (int i = 0; i < 16; ++i)
-    mask |= static_cast<unsigned>((emulated::get<uint32_t>(a, i) & emulated::get<uint32_t>(b, i)) != 0) << i;
-  return static_cast<__mmask16>(mask);
-}
 EMULATED __mmask64 _mm512_test_epi8_mask(__m512i a, __m512i b) {
   __mmask64 mask = 0;
   for (int i = 0; i < 64; ++i) mask |= static_cast<__mmask64>((a.byte[i] & b.byte[i]) != 0) << i;
@@ -289,16 +295,14 @@ EMULATED __m512i _mm512_permutex2var_epi32(__m512i a, __m512i from, __m512i b) {
     return emulated::get<uint32_t>(index & 16 ? b : a, index & 15);
   });
 }
-/// Of each 64 bits, eight bits from each of eight positions on, round the end.
-EMULATED __m512i _mm512_multishift_epi64_epi8(__m512i first_bits, __m512i a) {
-  return emulated::lanes<uint8_t, __m512i>([&](int i) {
-    const uint64_t word = emulated::get<uint64_t>(a, i / 8);
-    const int first = first_bits.byte[i] & 63;
-    return first == 0 ? word : word >> first | word << (64 - first);
+EMULATED __m512i _mm512_permutex2var_epi64(__m512i a, __m512i from, __m512i b) {
+  return emulated::lanes<uint64_t, __m512i>([&](int i) {
+    const int index = static_cast<int>(emulated::get<uint64_t>(from, i));
+    return emulated::get<uint64_t>(index & 8 ? b : a, index & 7);
   });
 }
-EMULATED __m512i _mm512_cvtepu32_epi64(__m256i a) {
-  return emulated::lanes<uint64_t, __m512i>([&](int i) { return emulated::get<uint32_t>(a, i); });
+EMULATED __m512i _mm512_cvtepu8_epi16(__m256i a) {
+  return emulated::lanes<uint16_t, __m512i>([&](int i) { return a.byte[i]; });
 }
 EMULATED __m256i _mm512_cvtepi16_epi8(__m512i a) {
   return emulated::lanes<uint8_t, __m256i>([&](int i) { return emulated::get<uint16_t>(a, i); });
@@ -329,6 +333,18 @@ EMULATED __m256i _mm256_setzero_si256() { return {}; }
 EMULATED __m256i _mm256_set1_epi8(char value) {
   return emulated::lanes<char, __m256i>([&](int) { return value; });
 }
+EMULATED __m256i _mm256_or_si256(__m256i a, __m256i b) {
+  return emulated::lanes<uint8_t, __m256i>([&](int i) { return a.byte[i] | b.byte[i]; });
+}
+EMULATED __m256i _mm256_slli_epi16(__m256i a, int count) {
+  return emulated::lanes<uint16_t, __m256i>([&](int i) { return emulated::get<uint16_t>(a, i) << count; });
+}
+EMULATED __m256i _mm256_cvtepu8_epi16(__m128i a) {
+  return emulated::lanes<uint16_t, __m256i>([&](int i) { return a.byte[i]; });
+}
+EMULATED __m256i _mm256_permutexvar_epi8(__m256i from, __m256i a) {
+  return emulated::lanes<uint8_t, __m256i>([&](int i) { return a.byte[from.byte[i] & 31]; });
+}
 EMULATED __m256i _mm256_xor_si256(__m256i a, __m256i b) {
   return emulated::lanes<uint8_t, __m256i>([&](int i) { return a.byte[i] ^ b.byte[i]; });
 }
@@ -353,6 +369,13 @@ EMULATED unsigned _pext_u32(unsigned a, unsigned mask) {
   unsigned result = 0;
   for (int from = 0, to = 0; from < 32; ++from)
     if (mask >> from & 1) result |= (a >> from & 1) << to++;
+  return result;
+}
+/// The lowest bits of `a` where `mask` has ones.
+EMULATED uint64_t _pdep_u64(uint64_t a, uint64_t mask) {
+  uint64_t result = 0;
+  for (int from = 0, to = 0; to < 64; ++to)
+    if (mask >> to & 1) result |= (a >> from++ & 1) << to;
   return result;
 }
 #pragma GCC pop_options

@@ -4,6 +4,7 @@
 // V gives the type of element, one or several numbers in four bytes:
 //   Element, Vector, Sums            one element, 16 of them, and 16 sums of their products
 //   load<Lanes>(p), broadcast(p)     16 elements, of which the first `Lanes` are in memory; one in all lanes
+//   broadcast_kept(p)                the same where all units that load vectors are busy
 //   multiply_add(weight, x, sums)    sums + weight times x
 //   starts(tile), start(tile, row)   what the sums of a tile start at, of all rows or of one in all lanes
 //   begin<Lanes>(sums, start)        sums to go on with: those so far, or the start where a tile is summed for itself
@@ -161,15 +162,15 @@ struct SparseProduct {
         for (int pairs = __builtin_popcountll(kept) / 2; pairs > 0; --pairs) {
           const int64_t k = __builtin_ctzll(kept);
           kept &= kept - 1;
-          sums.add(V::broadcast(weights + k * losa::kBlockRows), tokens.x + k * Width);
+          sums.add(V::broadcast_kept(weights + k * losa::kBlockRows), tokens.x + k * Width);
           const int64_t l = __builtin_ctzll(kept);
           kept &= kept - 1;
-          other.add(V::broadcast(weights + l * losa::kBlockRows), tokens.x + l * Width);
+          other.add(V::broadcast_kept(weights + l * losa::kBlockRows), tokens.x + l * Width);
         }
       }
       for (; kept != 0; kept &= kept - 1) {
         const int64_t k = __builtin_ctzll(kept);
-        const auto weight = V::broadcast(weights + k * losa::kBlockRows);
+        const auto weight = V::broadcast_kept(weights + k * losa::kBlockRows);
         sums.add(weight, tokens.x + k * Width);
         next_sums.add(weight, next.x + k * Next);
       }
@@ -225,7 +226,7 @@ struct SparseProduct {
 /// What an element of a row costs, in multiply-adds of 16 tokens at the processor's best rate, for each 16 tokens:
 /// WideProduct takes `wide`; SparseProduct takes `row` for its part of beginning and finishing a row, and a kept element
 /// in addition 1.8, and 1.12 for each 16 tokens. Fitted to times on a Zen 5 of 512 rows by 1024 columns, 16 to 128 tokens
-/// and 1 % to 50 % kept.
+/// and 1 % to 50 % kept; for integers it is drawn towards a Zen 4, where skipping costs less beside the products.
 struct PrefillCosts {
   double wide, row;
 };

@@ -99,7 +99,7 @@ struct IntegerDecode {
                               __m512i (&sums)[Blocks][Tokens][Partial]) const {
       __m512i steps[Blocks];
 #pragma GCC unroll 2
-      for (int b = 0; b < Blocks; ++b) steps[b] = walks[b].next();
+      for (int b = 0; b < Blocks; ++b) steps[b] = Elements::next(walks[b]);
       Elements::add_steps(steps, x, kStride, turn, sums);
     }
 

@@ -14,6 +14,7 @@ struct IntegerElements {
   using Sums = __m512i;
 
   static Vector broadcast(const int32_t* p) { return _mm512_set1_epi32(*p); }
+  static Vector broadcast_kept(const int32_t* p) { return broadcast_bits(p); }
   template <int Lanes>
   static Vector load(const int32_t* p) {
     if constexpr (Lanes == kVectorLanes) return _mm512_loadu_si512(p);
@@ -44,9 +45,12 @@ LOSA_INLINE static __m512i sum_up(const __m512i (&sums)[Partial]) {
 
 struct Pairs : IntegerElements {
   static constexpr int kOfStep = 2;
-  static constexpr PrefillCosts kCosts = {1.28, 0.36};
+  static constexpr PrefillCosts kCosts = {1.4, 0.35};
 
   // Decoding: x stays signed, weights in even columns get the 128.
+
+  template <class Steps>
+  LOSA_INLINE static __m512i next(Steps& walk) { return walk.next(); }
 
   /// 32 columns of one token as elements; returns 16 parts of what the sum of a group starts at.
   LOSA_INLINE static __m512i arrange(const int16_t* from, int32_t* to) {
@@ -93,6 +97,14 @@ struct Pairs : IntegerElements {
     _mm512_store_si512(to, _mm512_srai_epi16(_mm512_slli_epi16(step, 8), 8));
     _mm512_store_si512(to + kVectorLanes, _mm512_srai_epi16(step, 8));
   }
+  /// The first pair of a step has its columns 0 and 2.
+  LOSA_INLINE static void mark_kept(const TurnedMasks& masks, uint64_t (&kept)[losa::kBlockRows]) {
+    uint32_t first[losa::kBlockRows], second[losa::kBlockRows];
+    masks.steps_with<0x5>(first);
+    masks.steps_with<0xa>(second);
+    for (int row = 0; row < losa::kBlockRows; ++row)
+      kept[row] = _pdep_u64(first[row], 0x5555555555555555) | _pdep_u64(second[row], 0xaaaaaaaaaaaaaaaa);
+  }
   static void set_starts(WeightTile<int32_t>*, __m512i) {}
   static Sums starts(const WeightTile<int32_t>&) { return _mm512_setzero_si512(); }
   static Sums start(const WeightTile<int32_t>&, int) { return _mm512_setzero_si512(); }
@@ -115,9 +127,12 @@ struct Pairs : IntegerElements {
 
 struct Quads : IntegerElements {
   static constexpr int kOfStep = 1;
-  static constexpr PrefillCosts kCosts = {1.5, 0.66};
+  static constexpr PrefillCosts kCosts = {1.5, 0.42};
 
   // Decoding: x stays signed, all weights get the 128.
+
+  template <class Steps>
+  LOSA_INLINE static __m512i next(Steps& walk) { return walk.next_above(); }
 
   LOSA_INLINE static __m512i arrange(const int16_t* from, int32_t* to) {
     const __m512i x = _mm512_loadu_si512(from);
@@ -128,17 +143,14 @@ struct Quads : IntegerElements {
   template <int Blocks, int Tokens, int Partial>
   LOSA_INLINE static void add_steps(const __m512i (&steps)[Blocks], const int32_t* x, int64_t stride, int turn,
                                     __m512i (&sums)[Blocks][Tokens][Partial]) {
-    __m512i above[Blocks];
-#pragma GCC unroll 2
-    for (int b = 0; b < Blocks; ++b) above[b] = _mm512_xor_si512(steps[b], _mm512_set1_epi8(-128));
 #pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) {
       if constexpr (Blocks == 1) {
-        add_quads(sums[0][t][turn % Partial], above[0], x + t * stride);
+        add_quads(sums[0][t][turn % Partial], steps[0], x + t * stride);
       } else {
         const __m512i of_all = broadcast(x + t * stride);
 #pragma GCC unroll 2
-        for (int b = 0; b < Blocks; ++b) add_quads(sums[b][t][turn % Partial], above[b], of_all);
+        for (int b = 0; b < Blocks; ++b) add_quads(sums[b][t][turn % Partial], steps[b], of_all);
       }
     }
   }
@@ -152,6 +164,9 @@ struct Quads : IntegerElements {
   LOSA_INLINE static void widen(__m512i step, int32_t* to, __m512i& excess) {
     _mm512_store_si512(to, step);
     add_quads(excess, _mm512_set1_epi8(-128), step);
+  }
+  LOSA_INLINE static void mark_kept(const TurnedMasks& masks, uint64_t (&kept)[losa::kBlockRows]) {
+    masks.steps_with<0xf>(kept);
   }
   static void set_starts(WeightTile<int32_t>* tile, __m512i excess) {
     _mm512_store_si512(tile->weights + kStarts, _mm512_sub_epi32(_mm512_setzero_si512(), excess));
@@ -177,6 +192,9 @@ struct Quads : IntegerElements {
 struct SplitQuads {
   static constexpr int kOfStep = 2;
 
+  template <class Steps>
+  LOSA_INLINE static __m512i next(Steps& walk) { return walk.next(); }
+
   /// For each step its four high bytes, signed, and then its four low ones, unsigned.
   LOSA_INLINE static __m512i arrange(const int16_t* from, int32_t* to) {
     const __m512i x = _mm512_loadu_si512(from), high = _mm512_srai_epi16(x, 8);
@@ -195,7 +213,7 @@ struct SplitQuads {
     const __m512i high = _mm512_set1_epi32(x[0]), low = _mm512_set1_epi32(x[1]);
 #pragma GCC unroll 2
     for (int b = 0; b < Blocks; ++b) {
-      add_quads(sums[b][0][first], _mm512_xor_si512(steps[b], _mm512_set1_epi8(-128)), high);
+      add_quads(sums[b][0][first], above(steps[b]), high);
       add_quads(sums[b][0][first + 1], low, steps[b]);
     }
   }

@@ -7,6 +7,7 @@
 #include "losa/loops/avx512_prefill.h"
 #include "losa/loops/avx512_products.h"
 #include "losa/loops/avx512_decode.h"
+#include "losa/loops/vnni_masks.h"
 #include "losa/loops/vnni_steps.h"
 #include "losa/loops/vnni_elements.h"
 #include "losa/loops/vnni_decode.h"
@@ -25,13 +26,15 @@ static void decode_steps(const losa::Weight& w, losa::BlockRange blocks, const l
     IntegerDecode<Steps, Pairs>::run(w, blocks, x, tokens, y);
 }
 
-template <class Sparse, class Dense>
+template <template <bool> class Sparse, class Dense>
 static void decode_integers(const losa::Weight& w, losa::BlockRange blocks, const losa::RoundedTokens& x,
                             int64_t tokens, float* y) {
   if (w.dense())
     decode_steps<Dense>(w, blocks, x, tokens, y);
+  else if (narrow(w))
+    decode_steps<Sparse<true>>(w, blocks, x, tokens, y);
   else
-    decode_steps<Sparse>(w, blocks, x, tokens, y);
+    decode_steps<Sparse<false>>(w, blocks, x, tokens, y);
 }
 
 template <class Sparse, class Dense, class Elements>
@@ -45,11 +48,12 @@ static void prefill_elements(const losa::Weight& w, losa::BlockRange blocks, con
     prefill_with<Sparse, Elements, WideProduct>(w, blocks, packed, tokens, y);
 }
 
-template <class Sparse, class Dense>
+/// Many tokens share a step, so that it hardly matters how wide it is loaded.
+template <template <bool> class Sparse, class Dense>
 static void prefill_integers(const losa::Weight& w, losa::BlockRange blocks, const losa::PackedTokens& packed,
                              int64_t tokens, float* y) {
   if (w.activation_bits == 8)
-    prefill_elements<Sparse, Dense, Quads>(w, blocks, packed, tokens, y);
+    prefill_elements<Sparse<false>, Dense, Quads>(w, blocks, packed, tokens, y);
   else
-    prefill_elements<Sparse, Dense, Pairs>(w, blocks, packed, tokens, y);
+    prefill_elements<Sparse<false>, Dense, Pairs>(w, blocks, packed, tokens, y);
 }

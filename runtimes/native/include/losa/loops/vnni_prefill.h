@@ -15,29 +15,26 @@ class IntegerSource {
 
   template <bool RowMasks>
   void expand(int64_t elements, WeightTile<int32_t>* tile) {
-    __m512i excess = _mm512_setzero_si512();
+    const int64_t count = elements / Elements::kOfStep;
     Steps steps = steps_;  // whose pointers stay in registers: a store to the tile might change the members
-    for (int64_t e = 0; e < elements; e += Elements::kOfStep) {
+    if constexpr (RowMasks) Elements::mark_kept(TurnedMasks(steps.masks(), count), tile->kept);
+    __m512i excess[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};  // so that no sum waits for the one before
+    int32_t* to = tile->weights;
+    int64_t step = 0;
+    for (; step + 4 <= count; step += 4) {
       steps.prefetch();
-      Elements::widen(steps.next(), tile->weights + e * losa::kBlockRows, excess);
+#pragma GCC unroll 4
+      for (int turn = 0; turn < 4; ++turn, to += kStepElements) Elements::widen(steps.next(), to, excess[turn % 2]);
     }
+    for (; step < count; ++step, to += kStepElements) Elements::widen(steps.next(), to, excess[0]);
     steps_ = steps;
-    Elements::set_starts(tile, excess);
+    Elements::set_starts(tile, _mm512_add_epi32(excess[0], excess[1]));
     _mm512_store_ps(tile->scales, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales_))));
     scales_ += losa::kBlockRows;
-    if constexpr (RowMasks) mark_kept(elements, tile);
   }
 
  private:
-  /// Kept is what is not zero.
-  static void mark_kept(int64_t elements, WeightTile<int32_t>* tile) {
-    uint16_t masks[64] = {};
-    for (int64_t e = 0; e < elements; ++e) {
-      const __m512i rows = _mm512_load_si512(tile->weights + e * losa::kBlockRows);
-      masks[e] = _mm512_test_epi32_mask(rows, rows);
-    }
-    transpose_masks(masks, tile->kept);
-  }
+  static constexpr int64_t kStepElements = Elements::kOfStep * losa::kBlockRows;  // of a tile
 
   Steps steps_;
   const uint16_t* scales_;
