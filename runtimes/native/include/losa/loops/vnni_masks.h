@@ -25,9 +25,11 @@ class TurnedMasks {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const int64_t left = steps - 8 * i;
-      const __m512i in_steps = left >= 8   ? _mm512_loadu_si512(masks + 64 * i)
-                               : left <= 0 ? _mm512_setzero_si512()
-                                           : _mm512_maskz_loadu_epi64(static_cast<__mmask8>((1 << left) - 1), masks + 64 * i);
+      __m512i in_steps = _mm512_setzero_si512();
+      if (left >= 8)
+        in_steps = _mm512_loadu_si512(masks + 64 * i);
+      else if (left > 0)
+        in_steps = _mm512_maskz_loadu_epi64(static_cast<__mmask8>((1 << left) - 1), masks + 64 * i);
       eights[i] = _mm512_permutexvar_epi8(_mm512_load_si512(kMaskTurns.bytes), in_steps);
     }
 #pragma GCC unroll 2
