@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 WeightsChoice = Literal["auto", "sparse", "dense"]
 ValuesChoice = Literal["fp32", "bf16", "int8", "int4"]
 TableChoice = Literal["auto", "fp32", "bf16", "int8", "int4"]
-ActivationsChoice = Literal["int16", "int8"]
+ActivationsChoice = Literal["auto", "int16", "int8"]
 
 GROUPS = (32, 64, 128)
 
@@ -66,7 +66,7 @@ class ExportConfig:
             type, they are stored once.
         group: columns that share a scale, for int8 and int4.
         activations: to what our kernels round activations before they meet int8 and int4 weights of the linears;
-            the head always takes int16.
+            the head always takes int16. 'auto' is int8 where the gate finds the answers as good, and int16 elsewhere.
         calibration: text files; int8 and int4 values, and a head of int4, are rounded for the least error of outputs on
             them. None needs no text, and no torch.
         calibration_windows: how many windows of it are looked at.
@@ -85,7 +85,7 @@ class ExportConfig:
     head: TableChoice = "auto"
     embedding: TableChoice = "auto"
     group: int = 128
-    activations: ActivationsChoice = "int16"
+    activations: ActivationsChoice = "auto"
     calibration: tuple[Path, ...] = ()
     calibration_windows: int = 32
     gate: bool = True
@@ -140,6 +140,16 @@ class ExportConfig:
         return "dense" if self.profile == "deepsparse" else None
 
     @property
+    def tries_int8_activations(self) -> bool:
+        """Whether the gate shall choose what activations are rounded to."""
+        return self.activations == "auto" and self.gate and self.values in ("int8", "int4")
+
+    @property
+    def written_activations(self) -> Literal["int16", "int8"]:
+        """`activations`; of 'auto' what the gate is given to look at, and without a gate int16."""
+        return "int8" if self.activations == "int8" or self.tries_int8_activations else "int16"
+
+    @property
     def chosen_head(self) -> TableChoice:
         """`head`, 'auto' resolved."""
         return _TABLE_FOR[self.values] if self.head == "auto" else self.head
@@ -183,10 +193,10 @@ class ExportReport:
             kind += f", {self.sparsity_fraction:.1%} zeros"
         size = f"{self.model_bytes / 1e6:.1f} MB ({self.model_bytes / self.dense_bytes:.2f}x of dense fp32)"
         lines = [f"{self.output}: {kind}, profile {self.profile} by {self.exporter}, {size}"]
-        return "\n".join([*lines, *_gate_lines(self.gate)])
+        return "\n".join([*lines, *_gate_lines(self.gate, self.types)])
 
 
-def _gate_lines(gate: Mapping[str, Any] | None) -> list[str]:
+def _gate_lines(gate: Mapping[str, Any] | None, types: StoredTypes) -> list[str]:
     if gate is None:
         return ["gate: not run"]
     lines = []
@@ -203,7 +213,17 @@ def _gate_lines(gate: Mapping[str, Any] | None) -> list[str]:
             f"rounding: KL {found['kl_mean']:.1e} nats a token from the checkpoint, the same arg-max at "
             f"{found['argmax_agreement']:.1%} of {found['positions']} positions"
         )
+    if "activations_choice" in gate:
+        lines.append(_choice_line(types, gate["activations_choice"]))
     return lines
+
+
+def _choice_line(types: StoredTypes, choice: Mapping[str, Any]) -> str:
+    narrow = f"KL {choice['int8_kl_mean']:.1e}" if "int8_kl_mean" in choice else choice["int8_error"]
+    return (
+        f"activations: {types.activations}; KL {choice['int16_kl_mean']:.1e} with int16, to which int8 may add "
+        f"{choice['most_kl_to_add']:.0e}; with int8 {narrow}"
+    )
 
 
 def export_onnx(config: ExportConfig) -> ExportReport:
@@ -234,7 +254,10 @@ def export_onnx(config: ExportConfig) -> ExportReport:
         if truth is None:
             manifest["gate"] = None
         else:
-            manifest["gate"] = run_gate(config.source, folder, truth, _types(manifest))
+            types, manifest["gate"] = run_gate(
+                config.source, folder, truth, _types(manifest), choose_activations=config.tries_int8_activations
+            )
+            manifest |= asdict(types)
         manifest["source"]["weights_sha256"] = weights_sha256.result()
         _write_manifest(folder, manifest)
     return _report(config, exporter, manifest)
@@ -307,7 +330,7 @@ def _write_model(
 
     plan = plan_sparsity(checkpoint, exporter.source, exporter.linears, config.chosen_weights)
     head, embedding = config.chosen_head, config.chosen_embedding
-    activation_bits = 16 if config.activations == "int16" else 8
+    activation_bits = 8 if config.written_activations == "int8" else 16
     weights, linears = exporter.weight_count, sum(rows * columns for rows, columns in exporter.linears.values())
     task, work = ("building", weights) if text is None else ("rounding", linears + _head_by_text(config, exporter))
     with (
@@ -350,7 +373,7 @@ def _write_model(
     zeros = zeros_record(written, exporter.linears) if plan.digests and not plan.store_sparse else {}
     types = StoredTypes()
     if sparse or {config.values, head, embedding} != {"fp32"}:
-        types = StoredTypes.settled(config.values, head, embedding, config.group, config.activations)
+        types = StoredTypes.settled(config.values, head, embedding, config.group, config.written_activations)
     return {
         "format": MANIFEST_FORMAT,
         "versions": versions(*exporter.packages),

@@ -10,12 +10,13 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from losa_export.checkpoint import open_checkpoint
 from losa_export.errors import CheckpointError, GateError, KernelError, MissingDependencyError
+from losa_export.onnx_file import MODEL_FILE
 
 if TYPE_CHECKING:
     from losa_export.eval.parity import GateThresholds, ReferenceAnswers
@@ -28,6 +29,9 @@ Truth = Literal["torch", "stored"]
 # times what SmolLM2-135M shows at 70 % zeros (bf16 7e-5, int8 0.003, int4 0.14, int8 activations 0.02).
 _MOST_KL = {"fp32": 1e-5, "bf16": 5e-3, "int8": 0.05, "int4": 0.5}
 _MOST_KL_OF_INT8_ACTIVATIONS = 0.2
+# What activations of 8 bits may add to it where they are not asked for: twice what they add there, which is 0.2 % of
+# perplexity.
+_MOST_KL_TO_ADD = 0.03
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,9 @@ def reference_source(checkpoint: Path) -> Truth:
     )
 
 
-def run_gate(checkpoint: Path, folder: Path, source: Truth, types: StoredTypes) -> dict[str, Any]:
+def run_gate(
+    checkpoint: Path, folder: Path, source: Truth, types: StoredTypes, *, choose_activations: bool = False
+) -> tuple[StoredTypes, dict[str, Any]]:
     """Compare a written folder with its checkpoint: prefill, decode with past, batch 3, greedy tokens.
 
     Args:
@@ -101,34 +107,93 @@ def run_gate(checkpoint: Path, folder: Path, source: Truth, types: StoredTypes) 
         folder: what was made of it.
         source: where the truth comes from.
         types: how it stores its weights.
+        choose_activations: the folder has 8-bit activations of the linears; make them 16 where answers suffer.
 
-    Returns: the figures for export.json, with the engine that answered.
+    Returns: the types of the folder as it is now, and the figures for export.json, with the engine that answered.
 
     Raises: GateError naming the first output that diverges, or what rounding costs if it is too much.
     """
-    from losa_export.eval.parity import gate
-    from losa_export.reference import compute_reference_apart
-    from losa_export.runtimes.ort import OrtRuntime
+    answers = _read_answers(checkpoint, folder, source, types)
+    if choose_activations:
+        return _choose_activations(folder, answers, types)
+    return types, _hold_against(folder, answers, types)
 
+
+@dataclass(frozen=True)
+class _Answers:
+    """What a folder is held against.
+
+    Attributes:
+        source: where it comes from.
+        truth: the checkpoint's answers.
+        rounded: those of the checkpoint with the weights that the folder holds; None without torch, or where these are
+            the checkpoint's own.
+    """
+
+    source: Truth
+    truth: Reference
+    rounded: Reference | None
+
+
+def _read_answers(checkpoint: Path, folder: Path, source: Truth, types: StoredTypes) -> _Answers:
+    from losa_export.reference import compute_reference_apart
+
+    if source == "stored":
+        return _Answers(source, _stored_reference(checkpoint), None)
     rounded: Reference | None = None
     with tempfile.TemporaryDirectory(prefix="losa-reference-") as scratch:
-        if source == "torch":
-            truth = compute_reference_apart(checkpoint, Path(scratch) / "reference.safetensors")
-            if types.rounds:
-                rounded = compute_reference_apart(checkpoint, Path(scratch) / "rounded.safetensors", exported=folder)
-        else:
-            truth = _stored_reference(checkpoint)
+        truth = compute_reference_apart(checkpoint, Path(scratch) / "reference.safetensors")
+        if types.rounds:
+            rounded = compute_reference_apart(checkpoint, Path(scratch) / "rounded.safetensors", exported=folder)
+    return _Answers(source, truth, rounded)
+
+
+def _choose_activations(folder: Path, answers: _Answers, types: StoredTypes) -> tuple[StoredTypes, dict[str, Any]]:
+    """Hold the folder with 16-bit activations against the answers, and then as it is, with those of 8 bits."""
+    from losa_export.graph.stored import with_activation_bits
+
+    model = folder / MODEL_FILE
+    narrow = model.read_bytes()
+    wide = with_activation_bits(narrow, 16)
+    model.write_bytes(wide)
+    wide_types = replace(types, activations="int16")
+    figures = _hold_against(folder, answers, wide_types)
+    if figures["engine"]["name"] == "ort-stock":  # which rounds no activations, so nothing can be said of it
+        return wide_types, figures
+    choice: dict[str, Any] = {
+        "int16_kl_mean": figures["deviation"]["kl_mean"],
+        "most_kl_to_add": _MOST_KL_TO_ADD,
+        "int16": figures,  # the stricter comparison of the two
+    }
+    model.write_bytes(narrow)
+    try:
+        found = _hold_against(folder, answers, types)
+    except GateError as error:
+        choice["int8_error"] = str(error)
+    else:
+        choice["int8_kl_mean"] = found["deviation"]["kl_mean"]
+        if choice["int8_kl_mean"] <= choice["int16_kl_mean"] + _MOST_KL_TO_ADD:
+            return types, {**found, "activations_choice": choice}
+    model.write_bytes(wide)
+    del choice["int16"]
+    return wide_types, {**figures, "activations_choice": choice}
+
+
+def _hold_against(folder: Path, answers: _Answers, types: StoredTypes) -> dict[str, Any]:
+    from losa_export.eval.parity import gate
+    from losa_export.runtimes.ort import OrtRuntime
+
     # The record says which engine answered. Without packed copies its weights stay those of the mapped file.
     runtime = OrtRuntime.load(folder, custom_op=types.values is not None and _has_native_library(), prepack=False)
     with closing(runtime):
-        figures: dict[str, Any] = {"reference": source, "engine": runtime.describe().as_dict()}
+        figures: dict[str, Any] = {"reference": answers.source, "engine": runtime.describe().as_dict()}
         if not types.rounds:
-            return {**gate(truth, runtime).as_dict(), **figures, "against": "checkpoint"}
-        figures["deviation"] = _check_deviation(truth, runtime, types)
-        if rounded is not None:
-            report = gate(rounded, runtime, _thresholds(runtime, types))
+            return {**gate(answers.truth, runtime).as_dict(), **figures, "against": "checkpoint"}
+        figures["deviation"] = _check_deviation(answers.truth, runtime, types)
+        if answers.rounded is not None:
+            report = gate(answers.rounded, runtime, _thresholds(runtime, types))
             return {**report.as_dict(), **figures, "against": "checkpoint with the stored weights"}
-        return {**_gate_against_stock(folder, truth, runtime, types), **figures}
+        return {**_gate_against_stock(folder, answers.truth, runtime, types), **figures}
 
 
 def _check_deviation(truth: Reference, runtime: OrtRuntime, types: StoredTypes) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from losa_export.graph.stored import read_weights
 from losa_export.masks import digest, save_masks
 from losa_export.quantise import Int8Weight
 from losa_export.reference import Reference, compute_reference, save_reference
+from losa_export.runtimes.ort import OrtRuntime
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -578,7 +579,8 @@ def test_a_gate_without_any_reference_says_how_to_go_on(
 
 def test_rounded_weights_are_held_against_the_checkpoint_that_has_them(sparse: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="needs the 'train' extra")
-    report = export_onnx(quick(sparse, tmp_path / "onnx", gate=True, values="int4", head="int4", group=32))
+    types = {"values": "int4", "head": "int4", "group": 32, "activations": "int16"}
+    report = export_onnx(quick(sparse, tmp_path / "onnx", gate=True, **types))
     figures = manifest(tmp_path / "onnx")["gate"]
     assert (figures["reference"], figures["against"]) == ("torch", "checkpoint with the stored weights")
     worst = max(figures[part]["max_relative_error"] for part in ("prefill", "decode", "batch3"))
@@ -613,6 +615,55 @@ def test_without_torch_rounded_weights_are_held_against_the_stock_engine(
     else:
         assert figures["against"] is None
     assert "rounding: KL" in str(report)
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.usefixtures("without_torch")
+def test_activations_have_8_bits_where_answers_bear_it(values: str, sparse: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs the 'train' extra")
+    save_reference(sparse / "reference.safetensors", compute_reference(sparse))
+    report = export_onnx(quick(sparse, tmp_path / "onnx", gate=True, values=values))
+    record = manifest(tmp_path / "onnx")
+    if record["gate"]["runtime"] == "ort-stock":
+        assert record["activations"] == "int16"
+        return
+    choice = record["gate"]["activations_choice"]
+    assert record["activations"] == report.types.activations == "int8"
+    assert choice["int16_kl_mean"] != choice["int8_kl_mean"] <= choice["int16_kl_mean"] + choice["most_kl_to_add"]
+    assert record["gate"]["deviation"]["kl_mean"] == choice["int8_kl_mean"]
+    assert choice["int16"]["thresholds"]["max_relative_error"] < record["gate"]["thresholds"]["max_relative_error"]
+    assert "activations: int8; KL" in str(report)
+    export_onnx(quick(sparse, tmp_path / "asked", values=values, activations="int8"))
+    assert (tmp_path / "onnx/model.onnx").read_bytes() == (tmp_path / "asked/model.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("how", ["too far", "gate"])
+@pytest.mark.usefixtures("without_torch")
+def test_activations_have_16_bits_where_8_cost_too_much(
+    how: str, sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="needs the 'train' extra")
+    save_reference(sparse / "reference.safetensors", compute_reference(sparse))
+    if how == "too far":
+        monkeypatch.setattr(export_gate, "_MOST_KL_TO_ADD", -1.0)
+    right = export_gate._check_deviation
+
+    def refuses_int8(truth: Reference, runtime: OrtRuntime, types: StoredTypes) -> dict[str, Any]:
+        if how == "gate" and types.activations == "int8":
+            raise GateError("other answers")
+        return right(truth, runtime, types)
+
+    monkeypatch.setattr(export_gate, "_check_deviation", refuses_int8)
+    report = export_onnx(quick(sparse, tmp_path / "onnx", gate=True, values="int8"))
+    record = manifest(tmp_path / "onnx")
+    assert record["activations"] == report.types.activations == "int16"
+    if record["gate"]["runtime"] == "ort":
+        assert ("int8_error" in record["gate"]["activations_choice"]) is (how == "gate")
+        assert re.search(
+            "activations: int16; KL .*" + ("with int8 other answers" if how == "gate" else "KL"), str(report)
+        )
+    export_onnx(quick(sparse, tmp_path / "asked", values="int8", activations="int16"))
+    assert (tmp_path / "onnx/model.onnx").read_bytes() == (tmp_path / "asked/model.onnx").read_bytes()
 
 
 @pytest.mark.usefixtures("without_torch")
@@ -663,7 +714,7 @@ def change_config(folder: Path, **changes: object) -> None:
         ({"weights": "half"}, "ExportConfig.weights is 'half'; choose one of auto, sparse, dense"),
         ({"values": "fp8"}, "ExportConfig.values is 'fp8'; choose one of fp32, bf16, int8, int4"),
         ({"head": "fp8"}, "ExportConfig.head is 'fp8'; choose one of auto, fp32, bf16, int8, int4"),
-        ({"activations": "int4"}, "ExportConfig.activations is 'int4'; choose one of int16, int8"),
+        ({"activations": "int4"}, "ExportConfig.activations is 'int4'; choose one of auto, int16, int8"),
         ({"group": 100}, "ExportConfig.group is 100; choose one of 32, 64, 128"),
     ],
 )

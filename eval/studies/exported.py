@@ -72,9 +72,10 @@ def describe(folder: Path) -> str:
     if record.get("values") in (None, "fp32"):
         return "fp32"
     group = f", group {record['group']}" if record.get("group") else ""
+    activations = f", {record['activations']} activations" if record.get("activations") else ""
     text = record.get("calibration")
     calibrated = f", calibrated on {text['tokens']} tokens" if text else ""
-    return f"{record['values']}{group}, head {record['head']}{calibrated}"
+    return f"{record['values']}{group}{activations}, head {record['head']}{calibrated}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -60,9 +60,10 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--activations",
-        choices=("int16", "int8"),
-        default="int16",
-        help="what activations are rounded to before int8 and int4 weights, but the head's (default: %(default)s)",
+        choices=("auto", "int16", "int8"),
+        default="auto",
+        help="what activations are rounded to before int8 and int4 weights, but the head's (default: int8 where the gate"
+        " finds the answers nearly as good, else int16)",
     )
     parser.add_argument(
         "--calibration",

@@ -1,4 +1,4 @@
-"""What nodes of our domain hold: found in a written model, and decoded from its files."""
+"""What nodes of our domain hold: found in a written model, decoded from its files, or set to other activations."""
 
 from __future__ import annotations
 
@@ -109,3 +109,16 @@ def read_weights(model: ModelFolder) -> Iterator[tuple[str, NDArray[np.float32]]
         if not seen.issuperset(names):
             yield from zip(names, node.weights(model), strict=True)
         seen.update(names)
+
+
+def with_activation_bits(model: bytes, bits: int) -> bytes:
+    """A serialised model whose products all round activations to `bits` bits, 8 or 16; its weights stay as they are."""
+    import onnx
+
+    proto = onnx.load_model_from_string(model)
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if node.domain == DOMAIN and attribute.name == "activation_bits":
+                attribute.i = bits
+    written: bytes = proto.SerializeToString()
+    return written

@@ -51,7 +51,7 @@ def test_the_command_compares_exported_files(
     assert lines[0] == "| values | MB | perplexity | rise | KL |"
     assert lines[2].startswith("| fp32 |")
     assert all(line.count("|") == 6 for line in lines)
-    assert lines[3].startswith("| int8, group 128, head int8 |")
+    assert lines[3].startswith("| int8, group 128, int16 activations, head int8 |")
     assert "%" in lines[3]
 
 
