@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
 from losa_export.architecture import DecoderSpec
 from losa_export.calibration_text import CalibrationText, read_calibration
 from losa_export.checkpoint import CONFIG_FILE, Checkpoint, copy_companions, open_checkpoint, read_json
@@ -19,6 +22,7 @@ from losa_export.exporters import Exporter, ExporterChoice, ProfileChoice, make_
 from losa_export.files import check_output, output_folder, write_text_atomic
 from losa_export.onnx_file import MANIFEST_FILE, MANIFEST_FORMAT
 from losa_export.progress import Progress
+from losa_export.smoothing import DEFAULT_STRENGTH, SmoothedReader, can_smooth, smoothing_scales
 
 if TYPE_CHECKING:
     from losa_export.training.rounding import CalibratedRounding
@@ -46,6 +50,8 @@ _FOLDING_NOTE = (
 )
 
 
+_SMOOTHING_WINDOWS = 8
+
 _CALIBRATED_METHOD = "blockwise compensation under the mask: GPTQ order, coordinate descent, least-squares scales"
 
 
@@ -70,6 +76,8 @@ class ExportConfig:
         calibration: text files; int8 and int4 values, and a head of int4, are rounded for the least error of outputs on
             them. None needs no text, and no torch.
         calibration_windows: how many windows of it are looked at.
+        smoothing: how far outliers of activations are moved into int8 and int4 weights, 0 to 1; 0 leaves them, None is
+            0.7 where there is torch to look at activations, on that text or else on three sentences.
         gate: compare the answers with the source's before the folder appears.
         overwrite: replace a non-empty output folder.
         progress: show progress on standard error.
@@ -88,6 +96,7 @@ class ExportConfig:
     activations: ActivationsChoice = "auto"
     calibration: tuple[Path, ...] = ()
     calibration_windows: int = 32
+    smoothing: float | None = None
     gate: bool = True
     overwrite: bool = False
     progress: bool = True
@@ -125,6 +134,14 @@ class ExportConfig:
                 f"ExportConfig.calibration is text for rounding to int8 or int4, but values are '{self.values}'; "
                 "choose one of these, or leave the text out",
                 field="calibration",
+            )
+        if self.smoothing is not None and not 0 <= self.smoothing <= 1:
+            raise ConfigError(f"ExportConfig.smoothing is {self.smoothing:g}; give 0 to 1", field="smoothing")
+        if self.smoothing and self.values not in ("int8", "int4"):
+            raise ConfigError(
+                f"ExportConfig.smoothing prepares values for rounding to int8 or int4, but they are '{self.values}'; "
+                "choose one of these, or leave it out",
+                field="smoothing",
             )
         if self.calibration_windows < 1:
             raise ConfigError(
@@ -222,7 +239,7 @@ def _choice_line(types: StoredTypes, choice: Mapping[str, Any]) -> str:
     narrow = f"KL {choice['int8_kl_mean']:.1e}" if "int8_kl_mean" in choice else choice["int8_error"]
     return (
         f"activations: {types.activations}; KL {choice['int16_kl_mean']:.1e} with int16, to which int8 may add "
-        f"{choice['most_kl_to_add']:.0e}; with int8 {narrow}"
+        f"{choice['most_kl_to_add']:.1e}; with int8 {narrow}"
     )
 
 
@@ -243,6 +260,7 @@ def export_onnx(config: ExportConfig) -> ExportReport:
     _require_packages()
     truth = reference_source(config.source) if config.gate else None
     text = _read_calibration(config, checkpoint, spec)
+    strength = _smoothing_strength(config, spec)
     exporter = make_exporter(checkpoint, spec, config.profile)
     with (
         ThreadPoolExecutor(max_workers=1) as background,
@@ -250,7 +268,8 @@ def export_onnx(config: ExportConfig) -> ExportReport:
     ):
         # Hashing gigabytes costs seconds, and leaves the interpreter free meanwhile.
         weights_sha256 = background.submit(checkpoint.weights_sha256)
-        manifest = _write_model(config, checkpoint, exporter, text, folder)
+        scales, smoothing = _smooth(config.source, spec, strength, text)
+        manifest = {**_write_model(config, checkpoint, exporter, text, scales, folder), **smoothing}
         if truth is None:
             manifest["gate"] = None
         else:
@@ -289,15 +308,52 @@ def _read_calibration(config: ExportConfig, checkpoint: Checkpoint, spec: Decode
     return read_calibration(config.calibration, checkpoint.folder, spec, config.calibration_windows)
 
 
+def _smoothing_strength(config: ExportConfig, spec: DecoderSpec | None) -> float:
+    """How far to smooth; 0 where there is nothing to round, or by default where it cannot be done.
+
+    Raises: ConfigError, MissingDependencyError where it was asked for and cannot be done.
+    """
+    if config.values not in ("int8", "int4") or config.smoothing == 0:
+        return 0.0
+    missing = [package for package in ("torch", "transformers") if not is_installed(package)]
+    if config.smoothing is None:
+        return 0.0 if missing or spec is None or not can_smooth(spec) else DEFAULT_STRENGTH
+    if spec is None or not can_smooth(spec):
+        raise ConfigError(
+            "ExportConfig.smoothing needs a family whose linears alone read its norms, and our builder; leave it out",
+            field="smoothing",
+        )
+    if missing:
+        raise MissingDependencyError.for_extra(missing[0], "train", "smoothing activations")
+    return config.smoothing
+
+
+def _smooth(
+    source: Path, spec: DecoderSpec | None, strength: float, text: CalibrationText | None
+) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
+    """By what tensors are multiplied before they are rounded, and what the manifest says of it."""
+    if strength == 0 or spec is None:
+        return {}, {}
+    from losa_export.channel_maxima import channel_maxima_apart
+    from losa_export.reference import default_prompts
+
+    given = np.stack(default_prompts(source, spec.vocab_size)) if text is None else text.windows[:_SMOOTHING_WINDOWS]
+    scales = smoothing_scales(spec, channel_maxima_apart(source, given), strength)
+    return scales, {"smoothing": {"strength": strength, "tokens": int(given.size)}}
+
+
 def _rounding(
-    config: ExportConfig, text: CalibrationText | None, on_rounded: Callable[[int], None]
+    config: ExportConfig,
+    text: CalibrationText | None,
+    scales: Mapping[str, NDArray[np.float32]],
+    on_rounded: Callable[[int], None],
 ) -> CalibratedRounding | None:
     """What rounds the linears by calibration text, if there is some."""
     if text is None or config.values not in ("int8", "int4"):
         return None
     from losa_export.training.rounding import load_rounding
 
-    return load_rounding(config.source, text.windows, config.values, config.group, on_rounded)
+    return load_rounding(config.source, text.windows, config.values, config.group, on_rounded, scales)
 
 
 def _head_by_text(config: ExportConfig, exporter: Exporter) -> int:
@@ -310,7 +366,12 @@ def _head_by_text(config: ExportConfig, exporter: Exporter) -> int:
 
 
 def _write_model(
-    config: ExportConfig, checkpoint: Checkpoint, exporter: Exporter, text: CalibrationText | None, folder: Path
+    config: ExportConfig,
+    checkpoint: Checkpoint,
+    exporter: Exporter,
+    text: CalibrationText | None,
+    scales: Mapping[str, NDArray[np.float32]],
+    folder: Path,
 ) -> dict[str, Any]:
     """Build the graph and its data in `folder`; returns the manifest so far."""
     import onnx_ir as ir
@@ -341,9 +402,9 @@ def _write_model(
         def advance(count: int) -> None:
             progress.advance(count / 1e6)
 
-        rounding = _rounding(config, text, advance)
+        rounding = _rounding(config, text, scales, advance)
         store = WeightStore(
-            exporter.source,
+            SmoothedReader(exporter.source, scales),
             writer,
             plan,
             value_format(config.values, group=config.group, activation_bits=activation_bits),

@@ -13,16 +13,17 @@ answers is the difference between the two references.
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from losa_export.apart import run_apart
 from losa_export.checkpoint import open_checkpoint
 from losa_export.errors import CheckpointError, FormatError, LosaError, MissingDependencyError, RuntimeFailureError
 from losa_export.files import write_bytes_atomic
@@ -196,14 +197,16 @@ def _require_torch() -> None:
 
 
 def _take_weights(model: Any, exported: Path) -> None:
-    """Replace each weight that an exported folder stores in an operator of ours by what is stored there."""
+    """Replace each parameter by what an exported folder stores under its name, in an operator of ours or as it is."""
     import torch
 
     from losa_export.graph.external import check_external_data
     from losa_export.graph.stored import read_weights
 
+    folder = check_external_data(exported)
+    plain = [name for name, _ in model.named_parameters() if name in folder.tensors]
     with torch.no_grad():
-        for name, weight in read_weights(check_external_data(exported)):
+        for name, weight in chain(read_weights(folder), ((name, folder.read(name)) for name in plain)):
             parameter = _own_parameter(model, name)
             if tuple(parameter.shape) != weight.shape:
                 raise FormatError(
@@ -321,21 +324,11 @@ def compute_reference_apart(
     Raises:
         RuntimeFailureError: the child failed; its own message is quoted.
     """
-    command = [sys.executable, "-P", "-m", "losa_export.reference", str(model_dir), str(path)]
-    command += [] if exported is None else [str(exported)]
-    try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeFailureError(
-            f"the reference of '{model_dir}' took more than {timeout_s:g} s; give it more time, or fewer rivals",
-            model_dir=model_dir,
-        ) from error
-    reference = load_reference(path) if child.returncode == 0 else None
+    given = [model_dir, path, *([] if exported is None else [exported])]
+    run_apart("losa_export.reference", given, what=f"the reference of '{model_dir}'", timeout_s=timeout_s)
+    reference = load_reference(path)
     if reference is None:
-        last = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
-        raise RuntimeFailureError(
-            f"the reference of '{model_dir}' could not be computed by torch: {last[0]}", model_dir=model_dir
-        )
+        raise RuntimeFailureError(f"the reference of '{model_dir}' was computed, but not written", model_dir=model_dir)
     return reference
 
 

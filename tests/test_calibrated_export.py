@@ -39,7 +39,7 @@ def sparse(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def config(source: Path, output: Path, text: Path | None, **changes: Any) -> ExportConfig:
-    defaults: dict[str, Any] = {"values": "int4", "group": 32, "gate": False, "progress": False}
+    defaults: dict[str, Any] = {"values": "int4", "group": 32, "smoothing": 0, "gate": False, "progress": False}
     calibration = {} if text is None else {"calibration": (text,), "calibration_windows": 8}
     return ExportConfig(source=source, output=output, **(defaults | calibration | changes))
 
@@ -55,9 +55,10 @@ def test_every_layout_holds_weights_that_pass_the_gate(
 ) -> None:
     """The gate computes with what the file says: rows in another order than they were rounded in would fail it."""
     export_onnx(config(sparse, tmp_path / "plain", None, values=values, **changes))
-    export_onnx(config(sparse, tmp_path / "onnx", tiny_text, values=values, gate=True, **changes))
+    export_onnx(config(sparse, tmp_path / "onnx", tiny_text, values=values, smoothing=0.7, gate=True, **changes))
     record = json.loads((tmp_path / "onnx" / "export.json").read_text())
     assert record["gate"]["against"] == "checkpoint with the stored weights"
+    assert record["smoothing"] == {"strength": 0.7, "tokens": 8 * record["calibration"]["window"]}
     checkpoint = open_checkpoint(sparse)
     plain, found = stored(tmp_path / "plain"), stored(tmp_path / "onnx")
     assert found.keys() == plain.keys()

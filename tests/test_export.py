@@ -48,7 +48,9 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
 def quick(source: Path, output: Path, **changes: Any) -> ExportConfig:
-    return ExportConfig(**{"source": source, "output": output, "gate": False, "progress": False} | changes)
+    return ExportConfig(
+        **{"source": source, "output": output, "smoothing": 0, "gate": False, "progress": False} | changes
+    )
 
 
 def manifest(folder: Path) -> dict[str, Any]:

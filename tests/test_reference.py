@@ -215,7 +215,9 @@ def rounded(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         if "_proj" in name:
             tensor[np.abs(tensor) < np.quantile(np.abs(tensor), 0.6)] = 0
     save_file(tensors, folder / "checkpoint" / "model.safetensors", metadata={"format": "pt"})
-    export_onnx(ExportConfig(folder / "checkpoint", folder / "onnx", values="int8", gate=False, progress=False))
+    export_onnx(
+        ExportConfig(folder / "checkpoint", folder / "onnx", values="int8", smoothing=0, gate=False, progress=False)
+    )
     return folder / "checkpoint", folder / "onnx"
 
 

@@ -85,7 +85,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export(source: Path, output: Path, **settings: Any) -> None:
-    export_onnx(ExportConfig(source, output, gate=False, progress=False, **settings))
+    export_onnx(ExportConfig(source, output, smoothing=0, gate=False, progress=False, **settings))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ are in memory beside the model.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -153,12 +153,17 @@ def load_rounding(
     values: Literal["int8", "int4"],
     group: int,
     on_rounded: Callable[[int], None],
+    scales: Mapping[str, Float32],
 ) -> CalibratedRounding:
-    """Load a checkpoint to be rounded; arguments as `CalibratedRounding` takes them.
+    """Load a checkpoint to be rounded; arguments as `CalibratedRounding` takes them, and `scales`, by which the last
+    axis of parameters is multiplied first (`losa_export.smoothing`).
 
     Raises: CheckpointError if transformers cannot load it.
     """
     model = load_model(checkpoint, attention="sdpa")
+    with torch.no_grad():
+        for name, scale in scales.items():
+            model.get_parameter(name).mul_(torch.from_numpy(scale))
     return CalibratedRounding(model, torch.from_numpy(windows), values, group, on_rounded)
 
 

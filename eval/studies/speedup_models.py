@@ -135,6 +135,7 @@ class Models:
                     values=form.values,
                     activations=form.activations,
                     head=form.head,
+                    smoothing=0,  # random weights have no outliers
                     # Random weights have no checkpoint to answer to; the benchmark checks the answers of each file.
                     gate=False,
                 )

@@ -78,6 +78,14 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         "--calibration-windows", type=int, default=32, metavar="N", help="of 512 tokens (default: %(default)s)"
     )
     parser.add_argument(
+        "--smoothing",
+        type=float,
+        default=None,
+        metavar="S",
+        help="how far outliers of activations are moved into int8 and int4 weights, 0 (not) to 1; needs torch (default:"
+        " 0.7 where it is installed)",
+    )
+    parser.add_argument(
         "--no-gate", dest="gate", action="store_false", help="do not compare the answers with the source's"
     )
     add_output(parser, "onnx")
@@ -102,6 +110,7 @@ def _export(arguments: argparse.Namespace) -> int:
             activations=arguments.activations,
             calibration=tuple(arguments.calibration),
             calibration_windows=arguments.calibration_windows,
+            smoothing=arguments.smoothing,
             gate=arguments.gate,
             overwrite=arguments.overwrite,
         )

@@ -113,7 +113,9 @@ def test_other_models_score_alike_too(tmp_path: Path, changes: dict[str, Any]) -
 
 @pytest.mark.parametrize("name", ["ort", "ort-stock"])
 def test_a_model_with_operators_of_our_own_is_packed_too(tiny_checkpoint: Path, tmp_path: Path, name: Any) -> None:
-    export_onnx(ExportConfig(tiny_checkpoint, tmp_path / "onnx", values="int8", gate=False, progress=False))
+    export_onnx(
+        ExportConfig(tiny_checkpoint, tmp_path / "onnx", values="int8", smoothing=0, gate=False, progress=False)
+    )
     with closing(load_runtime(name, tmp_path / "onnx", threads=1)) as runtime:
         chosen = open_scorer(runtime, tmp_path / "onnx")
         assert chosen.method == "packed"

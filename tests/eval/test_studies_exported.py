@@ -43,7 +43,7 @@ def test_the_command_compares_exported_files(
 ) -> None:
     for values in ("fp32", "int8"):
         export_onnx(
-            ExportConfig(tiny_checkpoint, tmp_path / values, values=values, gate=False, progress=False)  # type: ignore[arg-type]
+            ExportConfig(tiny_checkpoint, tmp_path / values, values=values, smoothing=0, gate=False, progress=False)  # type: ignore[arg-type]
         )
     folders = [str(tmp_path / "fp32"), str(tmp_path / "int8")]
     assert main([*folders, "--text", str(tiny_text), "--windows", "2", "--threads", "1"]) == 0

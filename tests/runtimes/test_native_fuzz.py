@@ -56,7 +56,9 @@ def test_a_broken_export_is_refused_or_answers_as_the_scalar_row(
     from losa_export.export import ExportConfig, export_onnx
 
     folder = tmp_path / "onnx"
-    export_onnx(ExportConfig(pruned, folder, weights="sparse", values=value_type, gate=False, progress=False))
+    export_onnx(
+        ExportConfig(pruned, folder, weights="sparse", values=value_type, smoothing=0, gate=False, progress=False)
+    )
     accepted, refused = map(int, run_child("export", 0, MODEL_CASES, folder / "model.onnx").split()[1::2])
     assert accepted + refused == MODEL_CASES
     assert min(accepted, refused) > 0

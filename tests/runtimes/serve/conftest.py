@@ -30,7 +30,7 @@ CHAT = (
 def export_served(checkpoint: Path, folder: Path, values: str) -> Path:
     """Export a checkpoint for serving, with a chat template beside it."""
     (checkpoint / "chat_template.jinja").write_text(CHAT)
-    export_onnx(ExportConfig(checkpoint, folder, values=values, gate=False, progress=False))  # type: ignore[arg-type]
+    export_onnx(ExportConfig(checkpoint, folder, values=values, smoothing=0, gate=False, progress=False))  # type: ignore[arg-type]
     return folder
 
 

@@ -147,7 +147,7 @@ def test_company_changes_no_bit_of_a_row(
     """The promise of the server, for each kernel row of this machine."""
     monkeypatch.setenv("LOSA_KERNEL", row)
     folder = tmp_path / "onnx"
-    export_onnx(ExportConfig(pruned, folder, values=values, gate=False, progress=False))  # type: ignore[arg-type]
+    export_onnx(ExportConfig(pruned, folder, values=values, smoothing=0, gate=False, progress=False))  # type: ignore[arg-type]
     with closing(OrtRuntime.load(folder, threads=1)) as runtime:
         prompts = [prompt(seed, 1 + 3 * seed) for seed in range(rows)]
         pool = SlotPool(runtime, rows, CONTEXT)

@@ -1,0 +1,32 @@
+"""Work of PyTorch's in a child process, so that this one's memory holds no model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from losa_export.errors import RuntimeFailureError
+
+
+def run_apart(module: str, arguments: Sequence[Path], *, what: str, timeout_s: float = 1800.0) -> None:
+    """Run `python -m MODULE ARGUMENTS`.
+
+    Args:
+        module: to run; prints one line of an error and returns its exit code.
+        arguments: for it.
+        what: is computed, for messages.
+        timeout_s: seconds until the child is stopped.
+    Raises: RuntimeFailureError if it fails or takes too long; its own message is quoted.
+    """
+    command = [sys.executable, "-P", "-m", module, *map(str, arguments)]
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeFailureError(
+            f"{what} took more than {timeout_s:g} s; give it more time, or fewer rivals", command=command
+        ) from error
+    if child.returncode != 0:
+        last = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
+        raise RuntimeFailureError(f"{what} could not be computed by torch: {last[0]}", command=command)
