@@ -19,8 +19,7 @@ from losa_export.graph.sparsity import TensorReader
 
 Float32 = NDArray[np.float32]
 
-# Of the way from even weights to even activations. Perplexity of a SmolLM2-135M with 50 % zeros rises by 1.0 % in int8
-# with 8-bit activations as they are, and by 0.5 % at 0.5 and 0.7; in int4 by 27 %, 22 % and 19 %, and by 25 % at 0.9.
+# Of the way from even weights to even activations; docs/decisions/0007-outliers-move-into-weights.md has others.
 DEFAULT_STRENGTH = 0.7
 
 _LARGEST_EXPONENT = 7
