@@ -77,7 +77,8 @@ class ExportConfig:
             them. None needs no text, and no torch.
         calibration_windows: how many windows of it are looked at.
         smoothing: how far outliers of activations are moved into int8 and int4 weights, 0 to 1; 0 leaves them, None is
-            0.7 where there is torch to look at activations, on that text or else on three sentences.
+            0.7 where there is torch to look at activations, on that text or else on three sentences; but int4 values
+            that are rounded by calibration text stay, since compensation weighs columns by their activations already.
         gate: compare the answers with the source's before the folder appears.
         overwrite: replace a non-empty output folder.
         progress: show progress on standard error.
@@ -317,7 +318,8 @@ def _smoothing_strength(config: ExportConfig, spec: DecoderSpec | None) -> float
         return 0.0
     missing = [package for package in ("torch", "transformers") if not is_installed(package)]
     if config.smoothing is None:
-        return 0.0 if missing or spec is None or not can_smooth(spec) else DEFAULT_STRENGTH
+        compensated = bool(config.calibration) and config.values == "int4"
+        return 0.0 if missing or compensated or spec is None or not can_smooth(spec) else DEFAULT_STRENGTH
     if spec is None or not can_smooth(spec):
         raise ConfigError(
             "ExportConfig.smoothing needs a family whose linears alone read its norms, and our builder; leave it out",

@@ -206,7 +206,7 @@ def _take_weights(model: Any, exported: Path) -> None:
     folder = check_external_data(exported)
     plain = [name for name, _ in model.named_parameters() if name in folder.tensors]
     with torch.no_grad():
-        for name, weight in chain(read_weights(folder), ((name, folder.read(name)) for name in plain)):
+        for name, weight in chain(read_weights(folder), ((name, folder.read(name).copy()) for name in plain)):
             parameter = _own_parameter(model, name)
             if tuple(parameter.shape) != weight.shape:
                 raise FormatError(

@@ -83,7 +83,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="S",
         help="how far outliers of activations are moved into int8 and int4 weights, 0 (not) to 1; needs torch (default:"
-        " 0.7 where it is installed)",
+        " 0.7 where it is installed, but 0 for int4 with --calibration)",
     )
     parser.add_argument(
         "--no-gate", dest="gate", action="store_false", help="do not compare the answers with the source's"
