@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from losa_export.errors import RuntimeFailureError
+from losa_export.errors import LosaError, RuntimeFailureError
 
 
 def run_apart(module: str, arguments: Sequence[Path], *, what: str, timeout_s: float = 1800.0) -> None:
     """Run `python -m MODULE ARGUMENTS`.
 
     Args:
-        module: to run; prints one line of an error and returns its exit code.
+        module: to run; its exit code is `exit_code_of` its work.
         arguments: for it.
         what: is computed, for messages.
         timeout_s: seconds until the child is stopped.
@@ -30,3 +30,13 @@ def run_apart(module: str, arguments: Sequence[Path], *, what: str, timeout_s: f
     if child.returncode != 0:
         last = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
         raise RuntimeFailureError(f"{what} could not be computed by torch: {last[0]}", command=command)
+
+
+def exit_code_of(work: Callable[[], None]) -> int:
+    """The child's side: do the work; an error becomes one line on standard error, and its exit code."""
+    try:
+        work()
+    except LosaError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    return 0

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_export.apart import run_apart
+from losa_export.apart import exit_code_of, run_apart
 from losa_export.architecture import DecoderSpec
 from losa_export.checkpoint import CONFIG_FILE, open_checkpoint
-from losa_export.errors import CheckpointError, LosaError
+from losa_export.errors import CheckpointError
 from losa_export.smoothing import ChannelMaxima, norm_readers
 
 
@@ -95,12 +95,7 @@ def _main(arguments: Sequence[str]) -> int:
         sys.stderr.write("usage: python -m losa_export.channel_maxima MODEL TOKENS.npy OUT\n")
         return 2
     model, tokens, out = map(Path, arguments)
-    try:
-        _save(out, channel_maxima(model, np.load(tokens)))
-    except LosaError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
-    return 0
+    return exit_code_of(lambda: _save(out, channel_maxima(model, np.load(tokens))))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from losa_export.architecture import DecoderSpec
 from losa_export.calibration_text import CalibrationText, read_calibration
@@ -22,6 +21,7 @@ from losa_export.exporters import Exporter, ExporterChoice, ProfileChoice, make_
 from losa_export.files import check_output, output_folder, write_text_atomic
 from losa_export.onnx_file import MANIFEST_FILE, MANIFEST_FORMAT
 from losa_export.progress import Progress
+from losa_export.quantise import Float32
 from losa_export.smoothing import DEFAULT_STRENGTH, SmoothedReader, can_smooth, smoothing_scales
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ _FOLDING_NOTE = (
 )
 
 
+# Of calibration text, which outliers are looked for in: more find no others.
 _SMOOTHING_WINDOWS = 8
 
 _CALIBRATED_METHOD = "blockwise compensation under the mask: GPTQ order, coordinate descent, least-squares scales"
@@ -332,7 +333,7 @@ def _smoothing_strength(config: ExportConfig, spec: DecoderSpec | None) -> float
 
 def _smooth(
     source: Path, spec: DecoderSpec | None, strength: float, text: CalibrationText | None
-) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
+) -> tuple[dict[str, Float32], dict[str, Any]]:
     """By what tensors are multiplied before they are rounded, and what the manifest says of it."""
     if strength == 0 or spec is None:
         return {}, {}
@@ -347,7 +348,7 @@ def _smooth(
 def _rounding(
     config: ExportConfig,
     text: CalibrationText | None,
-    scales: Mapping[str, NDArray[np.float32]],
+    scales: Mapping[str, Float32],
     on_rounded: Callable[[int], None],
 ) -> CalibratedRounding | None:
     """What rounds the linears by calibration text, if there is some."""
@@ -372,7 +373,7 @@ def _write_model(
     checkpoint: Checkpoint,
     exporter: Exporter,
     text: CalibrationText | None,
-    scales: Mapping[str, NDArray[np.float32]],
+    scales: Mapping[str, Float32],
     folder: Path,
 ) -> dict[str, Any]:
     """Build the graph and its data in `folder`; returns the manifest so far."""

@@ -163,11 +163,7 @@ def _choose_activations(folder: Path, answers: _Answers, types: StoredTypes) -> 
         return wide_types, figures
     so_far = figures["deviation"]["kl_mean"]
     most = max(_MOST_KL_TO_ADD, _MOST_SHARE_TO_ADD * so_far)
-    choice: dict[str, Any] = {
-        "int16_kl_mean": so_far,
-        "most_kl_to_add": most,
-        "int16": figures,  # the stricter comparison of the two
-    }
+    choice: dict[str, Any] = {"int16_kl_mean": so_far, "most_kl_to_add": most}
     model.write_bytes(narrow)
     try:
         found = _hold_against(folder, answers, types)
@@ -176,9 +172,8 @@ def _choose_activations(folder: Path, answers: _Answers, types: StoredTypes) -> 
     else:
         choice["int8_kl_mean"] = found["deviation"]["kl_mean"]
         if choice["int8_kl_mean"] <= so_far + most:
-            return types, {**found, "activations_choice": choice}
+            return types, {**found, "activations_choice": {**choice, "int16": figures}}  # the stricter comparison
     model.write_bytes(wide)
-    del choice["int16"]
     return wide_types, {**figures, "activations_choice": choice}
 
 

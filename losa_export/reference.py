@@ -16,18 +16,18 @@ import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_export.apart import run_apart
+from losa_export.apart import exit_code_of, run_apart
 from losa_export.checkpoint import open_checkpoint
-from losa_export.errors import CheckpointError, FormatError, LosaError, MissingDependencyError, RuntimeFailureError
+from losa_export.errors import CheckpointError, FormatError, MissingDependencyError, RuntimeFailureError
 from losa_export.files import write_bytes_atomic
-from losa_export.layout import TIED_HEAD
+from losa_export.layout import LAYOUTS, TIED_HEAD
+from losa_export.smoothing import differ_by_powers_of_two
 from losa_export.text import load_tokenizer
 
 REFERENCE_FILE = "reference.safetensors"
@@ -197,16 +197,17 @@ def _require_torch() -> None:
 
 
 def _take_weights(model: Any, exported: Path) -> None:
-    """Replace each parameter by what an exported folder stores under its name, in an operator of ours or as it is."""
+    """Replace each weight that an exported folder stores in an operator of ours by what is stored there, and each norm
+    before such weights by its own, which smoothing may have scaled.
+    """
     import torch
 
     from losa_export.graph.external import check_external_data
     from losa_export.graph.stored import read_weights
 
     folder = check_external_data(exported)
-    plain = [name for name, _ in model.named_parameters() if name in folder.tensors]
     with torch.no_grad():
-        for name, weight in chain(read_weights(folder), ((name, folder.read(name).copy()) for name in plain)):
+        for name, weight in read_weights(folder):
             parameter = _own_parameter(model, name)
             if tuple(parameter.shape) != weight.shape:
                 raise FormatError(
@@ -215,6 +216,27 @@ def _take_weights(model: Any, exported: Path) -> None:
                     tensor=name,
                 )
             parameter.copy_(torch.from_numpy(weight))
+        for name in _norms_of_blocks(model):
+            if name in folder.tensors:
+                parameter = model.get_parameter(name)
+                scaled = folder.read(name).astype(np.float32)
+                if not differ_by_powers_of_two(parameter.numpy(), scaled):
+                    raise FormatError(
+                        f"'{exported}' stores '{name}' otherwise than smoothing would have left the checkpoint's: "
+                        "export again",
+                        tensor=name,
+                    )
+                parameter.copy_(torch.from_numpy(scaled))
+
+
+def _norms_of_blocks(model: Any) -> list[str]:
+    """Names of their weights and biases; none in a family that is not known here, and never smoothed."""
+    layout = LAYOUTS.get(type(model).__name__)
+    if layout is None:
+        return []
+    norms = tuple(f".{norm}" for norm in layout.norms)
+    names = [name for name, _ in model.named_parameters() if name.startswith(f"{layout.blocks}.")]
+    return [name for name in names if name.rpartition(".")[0].endswith(norms)]
 
 
 def _own_parameter(model: Any, name: str) -> Any:
@@ -337,12 +359,9 @@ def _main(arguments: Sequence[str]) -> int:
         sys.stderr.write("usage: python -m losa_export.reference MODEL OUT [EXPORTED]\n")
         return 2
     model, out, *exported = map(Path, arguments)
-    try:
-        save_reference(out, compute_reference(model, exported=exported[0] if exported else None))
-    except LosaError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
-    return 0
+    return exit_code_of(
+        lambda: save_reference(out, compute_reference(model, exported=exported[0] if exported else None))
+    )
 
 
 if __name__ == "__main__":

@@ -12,12 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from losa_export.architecture import DecoderSpec
 from losa_export.graph.sparsity import TensorReader
-
-Float32 = NDArray[np.float32]
+from losa_export.quantise import Float32
 
 # Of the way from even weights to even activations; docs/decisions/0007-outliers-move-into-weights.md has others.
 DEFAULT_STRENGTH = 0.7
@@ -53,6 +51,14 @@ def smoothing_factors(maxima: ChannelMaxima, strength: float) -> Float32:
     exponents = np.rint(logarithms - np.median(logarithms)).astype(np.int32)
     factors[known] = np.ldexp(np.float32(1), np.clip(exponents, -_LARGEST_EXPONENT, _LARGEST_EXPONENT))
     return factors
+
+
+def differ_by_powers_of_two(before: Float32, after: Float32) -> bool:
+    """Whether smoothing can have made one tensor of another: elements are powers of two times what they were."""
+    if before.shape != after.shape or not np.array_equal(before == 0, after == 0):
+        return False
+    ratios = after[after != 0] / before[before != 0]
+    return bool(np.all(np.frexp(ratios)[0] == 0.5))
 
 
 def smoothing_scales(spec: DecoderSpec, maxima: Mapping[str, ChannelMaxima], strength: float) -> dict[str, Float32]:

@@ -19,12 +19,14 @@ from losa_export import export_gate
 from losa_export.architecture import DecoderSpec
 from losa_export.checkpoint import open_checkpoint
 from losa_export.cli import main_export
-from losa_export.errors import CheckpointError, ConfigError, MissingDependencyError
+from losa_export.errors import CheckpointError, ConfigError, FormatError, MissingDependencyError
 from losa_export.export import ExportConfig, export_onnx
+from losa_export.reference import compute_reference
 from losa_export.smoothing import (
     ChannelMaxima,
     SmoothedReader,
     can_smooth,
+    differ_by_powers_of_two,
     norm_readers,
     smoothing_factors,
     smoothing_scales,
@@ -87,6 +89,27 @@ def spec_of(folder: Path) -> DecoderSpec:
 def manifest(folder: Path) -> dict[str, Any]:
     parsed: dict[str, Any] = json.loads((folder / "export.json").read_text())
     return parsed
+
+
+def test_only_powers_of_two_pass_for_smoothing() -> None:
+    before = np.array([0.3, -5, 0, 1e-3], dtype=np.float32)
+    assert differ_by_powers_of_two(before, before * np.array([1, 4, 1, 2.0**-7], dtype=np.float32))
+    for spoilt_by in ([1, 4, 1, 1.5], [1, -4, 1, 1], [0, 1, 1, 1]):
+        assert not differ_by_powers_of_two(before, before * np.array(spoilt_by, dtype=np.float32))
+    assert not differ_by_powers_of_two(before, before[:3])
+    assert not differ_by_powers_of_two(before, np.ones(4, dtype=np.float32))
+
+
+def test_a_spoilt_norm_is_not_taken_for_a_smoothed_one(spoilt: Path, tmp_path: Path) -> None:
+    """The gate's reference takes norms from the file, but only what smoothing can have made of them."""
+    pytest.importorskip("transformers", reason="needs the 'train' extra")
+    export_onnx(ExportConfig(spoilt, tmp_path / "onnx", values="int8", smoothing=0, gate=False, progress=False))
+    compute_reference(spoilt, exported=tmp_path / "onnx")
+    tensors = load_file(spoilt / "model.safetensors")
+    tensors[f"{NORM}.weight"][3] *= 1.25
+    save_file(tensors, spoilt / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=f"stores '{NORM}.weight' otherwise than smoothing would have left"):
+        compute_reference(spoilt, exported=tmp_path / "onnx")
 
 
 def test_products_keep_their_bits(spoilt: Path) -> None:
@@ -207,10 +230,8 @@ def test_norms_behind_additions_are_not_smoothed(tmp_path: Path) -> None:
     behind = DecoderSpec.from_config(config | {"do_layer_norm_before": False}, tmp_path)
     assert can_smooth(before)
     assert not can_smooth(behind)
-    [scales] = [
-        smoothing_scales(before, {norm: ChannelMaxima(*np.ones((2, 32), dtype=np.float32)) for norm in norms}, 0.7)
-        for norms in [norm_readers(before, 0)]
-    ]
+    even = ChannelMaxima(*np.ones((2, 32), dtype=np.float32))
+    scales = smoothing_scales(before, dict.fromkeys(norm_readers(before, 0), even), 0.7)
     prefix = "model.decoder.layers.0."
     norms = [f"{prefix}{norm}.{part}" for norm in before.layout.norms for part in ("weight", "bias")]
     linears = [f"{prefix}{name}.weight" for name in (*(f"self_attn.{part}_proj" for part in "qkv"), "fc1")]
