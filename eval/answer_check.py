@@ -8,11 +8,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from losa_export.errors import BenchmarkError, GateError
 from losa_export.eval.answers import Answers, Workload
 from losa_export.eval.bench_report import AnswerCheck, AnswerMode, Side, SideCheck
 from losa_export.eval.engine import Engine
-from losa_export.eval.parity import GateReport, GateThresholds, compare, thresholds_for
+from losa_export.eval.parity import GateReport, GateThresholds, position_errors, summarise, thresholds_for
 from losa_export.onnx_file import MANIFEST_FILE
 from losa_export.runtimes.base import RuntimeName
 
@@ -135,12 +137,13 @@ def _hold(
     answers: Answers = reference.call("answers", prompts=workload.check_prompts, new_tokens=workload.check_new_tokens)
     try:
         report: GateReport = engine.call("gate", answers=answers, thresholds=thresholds)
-        figures = compare(
+        errors = position_errors(
             reference.call("workload_logits", workload=workload), engine.call("workload_logits", workload=workload)
         )
     except GateError as error:
         raise BenchmarkError(f"nothing was timed, since the answers differ from {against}: {error}{hint}") from error
-    if figures.max_relative_error > thresholds.max_relative_error or figures.kl_max > thresholds.max_kl:
+    figures = summarise([errors])
+    if np.count_nonzero(thresholds.diverge(errors)) > thresholds.strays(figures.positions):
         raise BenchmarkError(
             f"nothing was timed, since {engine.label} differs from {against} on the prompt to be timed: "
             f"relative error {figures.max_relative_error:.3g} (limit {thresholds.max_relative_error:.3g}), "

@@ -13,7 +13,7 @@ Everything is computed in float64. Rows, steps and positions count from 0 in eve
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -75,6 +75,10 @@ class PositionErrors:
     agree: NDArray[np.bool_]
     worst_token: NDArray[np.int64]
 
+    def only(self, chosen: NDArray[np.bool_]) -> PositionErrors:
+        """Those of some positions: `chosen` is (P,)."""
+        return PositionErrors(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
 
 @dataclass(frozen=True)
 class ParityFigures:
@@ -102,22 +106,33 @@ class GateThresholds:
         tie_margin: a different arg-max is tolerated, and reported, only where the reference's own top-1
             logit leads its top-2 by at most this fraction of the row's root mean square: its choice
             there is rounding, not an answer.
+        stray_share: of the positions of each section this share, if it is not 0 at least one position, may differ by
+            more. Some tokens stand on an edge, from which any rounding tips them into another answer.
     """
 
     max_relative_error: float = 1e-3
     max_kl: float = 1e-5
     tie_margin: float = 2e-4
+    stray_share: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in ("max_relative_error", "max_kl", "tie_margin"):
+        for field in ("max_relative_error", "max_kl", "tie_margin", "stray_share"):
             value = getattr(self, field)
             if not (np.isfinite(value) and value >= 0):
                 raise ConfigError(f"GateThresholds.{field} is {value}; give a finite number of at least 0", field=field)
 
+    def diverge(self, errors: PositionErrors) -> NDArray[np.bool_]:
+        """Which positions differ by more than they may: (P,) bool."""
+        return (errors.relative > self.max_relative_error) | (errors.kl > self.max_kl)
+
+    def strays(self, positions: int) -> int:
+        """How many of a section's positions may diverge; never all of them."""
+        return min(max(1, int(self.stray_share * positions)), positions - 1) if self.stray_share else 0
+
 
 @dataclass(frozen=True)
 class ToleratedFlip:
-    """A step where the runtime's top token differs from the reference's, at a tie of the reference."""
+    """A step where the runtime's top token differs from the reference's, at a tie of the reference or as a stray."""
 
     prompt: int
     step: int
@@ -136,8 +151,21 @@ class GreedyFigures:
 
 
 @dataclass(frozen=True)
+class Stray:
+    """An output that diverges, and was let pass since few do.
+
+    Attributes:
+        where: section, prompt and step.
+        kl: KL(reference ‖ candidate), nats.
+    """
+
+    where: str
+    kl: float
+
+
+@dataclass(frozen=True)
 class GateReport:
-    """A passed gate. `as_dict` gives what `export.json` stores."""
+    """A passed gate, with figures of all positions but the strays. `as_dict` gives what `export.json` stores."""
 
     runtime: str
     prompts: int
@@ -146,6 +174,7 @@ class GateReport:
     decode: ParityFigures
     batch3: ParityFigures
     greedy: GreedyFigures
+    strays: tuple[Stray, ...]
     thresholds: GateThresholds
 
     def as_dict(self) -> dict[str, Any]:
@@ -224,6 +253,8 @@ def thresholds_for(activations: str | None) -> GateThresholds:
     Rounding to 16 bits leaves errors of some 2e-3 and a KL of 1e-6 on SmolLM2-135M's own text, and up to 1.5e-2 and
     1.5e-4 on random tokens, whose activations have larger outliers; so a wrong graph still stands out.
     To 8 bits it leaves 0.4 and 0.08: then only gross errors do, and the kernels' own tests must speak for the rest.
+    Of random tokens 0.3 to 2 % then differ by more than 0.3 nats, as many as rounding int8 weights alone tips over
+    (docs/decisions/0007-outliers-move-into-weights.md); they come in runs of a prompt.
 
     Args:
         activations: 'int16', 'int8', or None where none are rounded; as in export.json.
@@ -231,7 +262,7 @@ def thresholds_for(activations: str | None) -> GateThresholds:
     if activations == "int16":
         return GateThresholds(max_relative_error=5e-2, max_kl=1e-3, tie_margin=1e-2)
     if activations == "int8":
-        return GateThresholds(max_relative_error=2.0, max_kl=0.5, tie_margin=0.3)
+        return GateThresholds(max_relative_error=2.0, max_kl=0.5, tie_margin=0.3, stray_share=0.125)
     return GateThresholds()
 
 
@@ -261,52 +292,46 @@ def gate(reference: ReferenceAnswers, runtime: Runtime, thresholds: GateThreshol
             "compute it again from the checkpoint"
         )
     prompt_tokens = len(reference.prompts[0])
+    steps = reference.decode_logits.shape[1]
     capacity = prompt_tokens + reference.greedy.shape[1]
-    checker = _Checker(limits, runtime.name)
+    in_prompts, in_decode, in_fill, in_batch = (
+        _Checker(limits, runtime.name, positions)
+        for positions in (rows * prompt_tokens, rows * steps, rows, rows * steps)
+    )
 
-    prefill: list[PositionErrors] = []
-    decode: list[PositionErrors] = []
     for prompt in range(rows):
         state = runtime.new_state(1, capacity)
         logits = runtime.prefill(state, 0, reference.prompts[prompt])
-        prefill.append(
-            checker.check(
-                reference.logits[prompt],
-                logits,
-                [f"prefill of prompt {prompt}, position {position}" for position in range(prompt_tokens)],
-            )
+        in_prompts.check(
+            reference.logits[prompt],
+            logits,
+            [f"prefill of prompt {prompt}, position {position}" for position in range(prompt_tokens)],
         )
-        for step in range(reference.decode_logits.shape[1]):
+        for step in range(steps):
             logits = runtime.decode(state, reference.greedy[prompt : prompt + 1, step])
-            decode.append(
-                checker.check(
-                    reference.decode_logits[prompt, step : step + 1],
-                    logits,
-                    [f"decode with past of prompt {prompt}, step {step}"],
-                )
+            in_decode.check(
+                reference.decode_logits[prompt, step : step + 1],
+                logits,
+                [f"decode with past of prompt {prompt}, step {step}"],
             )
 
-    batch: list[PositionErrors] = []
     greedy = _Greedy(reference, limits, runtime.name)
     state = runtime.new_state(rows, capacity)
     last = np.stack([runtime.prefill(state, row, reference.prompts[row])[-1] for row in range(rows)])
-    for row in range(rows):
-        # Filling row 1 must not disturb row 0, nor may a row above 0 be filled wrongly.
-        checker.check(
-            reference.logits[row, -1:],
-            last[row : row + 1],
-            [f"prefill of prompt {row} into row {row} of a batch of {rows}, last position"],
-        )
+    # Filling row 1 must not disturb row 0, nor may a row above 0 be filled wrongly.
+    in_fill.check(
+        reference.logits[:, -1],
+        last,
+        [f"prefill of prompt {row} into row {row} of a batch of {rows}, last position" for row in range(rows)],
+    )
     greedy.step(0, last)
     for step in range(reference.greedy.shape[1] - 1):
         logits = runtime.decode(state, reference.greedy[:, step])
-        if step < reference.decode_logits.shape[1]:
-            batch.append(
-                checker.check(
-                    reference.decode_logits[:, step],
-                    logits,
-                    [f"decode in a batch of {rows}, step {step}, row {row}" for row in range(rows)],
-                )
+        if step < steps:
+            in_batch.check(
+                reference.decode_logits[:, step],
+                logits,
+                [f"decode in a batch of {rows}, step {step}, row {row}" for row in range(rows)],
             )
         greedy.step(step + 1, logits)
 
@@ -314,10 +339,11 @@ def gate(reference: ReferenceAnswers, runtime: Runtime, thresholds: GateThreshol
         runtime=runtime.name,
         prompts=rows,
         prompt_tokens=prompt_tokens,
-        prefill=summarise(prefill),
-        decode=summarise(decode),
-        batch3=summarise(batch),
+        prefill=summarise(in_prompts.errors),
+        decode=summarise(in_decode.errors),
+        batch3=summarise(in_batch.errors),
         greedy=greedy.figures(),
+        strays=tuple(stray for part in (in_prompts, in_decode, in_fill, in_batch) for stray in part.strays),
         thresholds=limits,
     )
 
@@ -340,19 +366,27 @@ def deviation(reference: ReferenceAnswers, runtime: Runtime) -> ParityFigures:
 
 
 class _Checker:
-    """Compares positions in the order they were computed, and raises at the first that diverges."""
+    """Compares the positions of a section in the order they were computed, and raises where too many diverge.
 
-    def __init__(self, limits: GateThresholds, runtime: str) -> None:
+    Attributes:
+        errors: of what was compared so far, but for the strays.
+        strays: what diverged and was let pass.
+    """
+
+    def __init__(self, limits: GateThresholds, runtime: str, positions: int) -> None:
+        self.errors: list[PositionErrors] = []
+        self.strays: list[Stray] = []
         self._limits = limits
         self._runtime = runtime
+        self._most_strays = limits.strays(positions)
 
     def check(
         self,
         reference: NDArray[np.floating[Any]],
         candidate: NDArray[np.floating[Any]],
         places: list[str],
-    ) -> PositionErrors:
-        """Figures of (P, V) logits; `places` names the P positions."""
+    ) -> None:
+        """Hold (P, V) logits against the reference's; `places` names the P positions."""
         if candidate.shape != reference.shape:
             raise GateError(
                 f"runtime '{self._runtime}' gives logits of shape {candidate.shape} at {places[0]}, "
@@ -363,12 +397,17 @@ class _Checker:
             _require_finite(logits, f"runtime '{self._runtime}'", place)
         errors = position_errors(reference, candidate)
         limits = self._limits
-        bad = (errors.relative > limits.max_relative_error) | (errors.kl > limits.max_kl)
-        for index in np.flatnonzero(bad)[:1]:
+        diverge = limits.diverge(errors)
+        self.errors.append(errors.only(~diverge))
+        for index in np.flatnonzero(diverge):
             relative, kl = float(errors.relative[index]), float(errors.kl[index])
+            if len(self.strays) < self._most_strays:
+                self.strays.append(Stray(places[index], kl))
+                continue
             token = int(errors.worst_token[index])
+            first = f"after {self._most_strays} that may, the next" if self._most_strays else "the first"
             raise GateError(
-                f"runtime '{self._runtime}' does not answer as the reference: the first output that "
+                f"runtime '{self._runtime}' does not answer as the reference: {first} output that "
                 f"diverges is {places[index]}, token {token} "
                 f"({float(candidate[index, token]):.6g} instead of {float(reference[index, token]):.6g}): "
                 f"relative error {relative:.3g} (limit {limits.max_relative_error:.3g}), "
@@ -379,11 +418,10 @@ class _Checker:
                 relative_error=relative,
                 kl=kl,
             )
-        return errors
 
 
 class _Greedy:
-    """Counts equal greedy tokens, tolerating a flip only at a tie of the reference."""
+    """Counts equal greedy tokens, tolerating a flip only at a tie of the reference, or as one of few strays."""
 
     def __init__(self, reference: ReferenceAnswers, limits: GateThresholds, runtime: str) -> None:
         self._reference = reference
@@ -391,6 +429,7 @@ class _Greedy:
         last = reference.logits[:, -1].astype(np.float64)
         # One scale for each prompt: logits of later steps are not all stored, their scale hardly moves.
         self._tie = limits.tie_margin * np.sqrt(np.mean(last * last, axis=1))
+        self._strays_left = limits.strays(reference.greedy.size)
         self._tolerated: list[ToleratedFlip] = []
         self._tokens = 0
 
@@ -404,6 +443,8 @@ class _Greedy:
                 continue
             margin = float(self._reference.greedy_margin[row, step])
             if not margin <= self._tie[row]:
+                self._strays_left -= 1
+            if self._strays_left < 0:
                 raise GateError(
                     f"runtime '{self._runtime}' does not continue as the reference: the first output that "
                     f"diverges is greedy token {step}, row {row}: token {got} instead of {expected}, where "

@@ -83,7 +83,7 @@ def test_values_that_are_not_finite_are_named(value, word):
         compare(bad, np.zeros((2, 5)))
 
 
-@pytest.mark.parametrize("field", ["max_relative_error", "max_kl", "tie_margin"])
+@pytest.mark.parametrize("field", ["max_relative_error", "max_kl", "tie_margin", "stray_share"])
 @pytest.mark.parametrize("value", [-1e-9, float("nan")])
 def test_thresholds_out_of_range_name_the_field(field, value):
     with pytest.raises(ConfigError, match=rf"GateThresholds\.{field} is"):
@@ -239,6 +239,64 @@ def test_looser_thresholds_let_a_small_error_pass(fake_runtime, reference_of):
     with pytest.raises(GateError, match=r"limit 0\.0001"):
         gate(reference, fake_runtime(disturb=disturb), GateThresholds(max_relative_error=1e-4))
     gate(reference, fake_runtime(disturb=disturb), GateThresholds(max_relative_error=1e-1, max_kl=1e-2))
+
+
+def _shift_prefills(first, last):
+    """Disturbs position 3 of some of the prompts that are read alone, counted from 1."""
+
+    def disturb(kind, row, state, logits):
+        disturb.prefills += kind == "prefill"
+        if kind == "prefill" and first <= disturb.prefills <= last:
+            logits[3, 6] += 1
+        return logits
+
+    disturb.prefills = 0
+    return disturb
+
+
+def test_few_strays_are_let_pass_named_and_left_out_of_the_figures(fake_runtime, reference_of):
+    reference, few = reference_of(fake_runtime()), GateThresholds(stray_share=0.15)  # 2 of 15
+    report = gate(reference, fake_runtime(disturb=_shift_prefills(1, 2)), few)
+    assert [stray.where for stray in report.strays] == [f"prefill of prompt {p}, position 3" for p in (0, 1)]
+    assert all(stray.kl > few.max_kl for stray in report.strays)
+    assert (report.prefill.positions, report.prefill.max_relative_error) == (13, 0.0)
+
+
+def test_one_stray_more_than_may_fails(fake_runtime, reference_of):
+    with pytest.raises(GateError, match=r"after 2 that may, the next output that diverges is prefill of prompt 2, pos"):
+        gate(
+            reference_of(fake_runtime()),
+            fake_runtime(disturb=_shift_prefills(1, 3)),
+            GateThresholds(stray_share=0.15),
+        )
+
+
+def test_strays_do_not_cover_a_row_that_a_batch_gets_wrong(fake_runtime, reference_of):
+    def disturb(kind, batch, state, logits):
+        if kind == "decode" and batch == 3:
+            logits[1, 4] -= 1
+        return logits
+
+    with pytest.raises(GateError, match=r"decode in a batch of 3, step \d, row 1, token 4"):
+        gate(reference_of(fake_runtime()), fake_runtime(disturb=disturb), GateThresholds(stray_share=0.15))
+
+
+def test_a_greedy_flip_at_a_clear_lead_may_be_a_stray_but_not_all_of_them(fake_runtime, reference_of):
+    reference = reference_of(fake_runtime())
+
+    def flips(steps):
+        def disturb(kind, batch, state, logits):
+            if kind == "decode" and state.steps in steps:  # past the steps whose logits are stored
+                _swap_top_two(logits, 1)
+            return logits
+
+        return fake_runtime(disturb=disturb)
+
+    few = GateThresholds(stray_share=0.05)  # 1 of 24
+    report = gate(reference, flips([5]), few)
+    assert (report.greedy.equal, len(report.greedy.tolerated)) == (23, 1)
+    with pytest.raises(GateError, match=r"greedy token 7, row 1"):
+        gate(reference, flips([5, 6]), few)
 
 
 def test_a_reference_without_decode_steps_is_refused(fake_runtime, reference_of):
