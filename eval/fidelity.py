@@ -21,6 +21,9 @@ Float64 = NDArray[np.float64]
 # Rows that are compared at once: a whole window of a large vocabulary would take several copies of its logits.
 _CHUNK_ROWS = 128
 
+# Divergence, in nats, of which rounding does not make a little more or less: the token was on an edge, and fell.
+TIPPED_KL = 0.3
+
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -30,11 +33,13 @@ class Fidelity:
         nll: negative log-likelihood, nats.
         kl_divergence: KL(exact ‖ this), nats.
         agreement: share of tokens where both have the same most likely next one.
+        tipped: share of tokens with a divergence above `TIPPED_KL`.
     """
 
     nll: Float64
     kl_divergence: Float64
     agreement: Float64
+    tipped: Float64
 
 
 def fidelity(runtimes: Sequence[Runtime], windows: NDArray[np.int64], *, show_progress: bool = True) -> list[Fidelity]:
@@ -46,7 +51,7 @@ def fidelity(runtimes: Sequence[Runtime], windows: NDArray[np.int64], *, show_pr
         show_progress: False for silence on stderr.
     Returns: one for each runtime, in order; of the first, divergences are 0 and agreement is 1.
     """
-    found = np.zeros((len(runtimes), 3, len(windows)))
+    found = np.zeros((len(runtimes), 4, len(windows)))
     with Progress("comparing", len(windows), "windows", enabled=show_progress) as progress:
         for place, ids in enumerate(windows):
             exact: Float32 | None = None
@@ -59,9 +64,11 @@ def fidelity(runtimes: Sequence[Runtime], windows: NDArray[np.int64], *, show_pr
     return [Fidelity(*fields) for fields in found]
 
 
-def _compare(exact: Float32, other: Float32) -> tuple[float, float]:
-    """Mean KL(exact ‖ other) over rows, and share of rows with the same largest value; both (P, V) logits."""
-    return float(divergences(exact, other).mean()), float((exact.argmax(axis=1) == other.argmax(axis=1)).mean())
+def _compare(exact: Float32, other: Float32) -> tuple[float, float, float]:
+    """Mean KL(exact ‖ other) over rows, share with the same largest value, share that tipped; both (P, V) logits."""
+    lost = divergences(exact, other)
+    same = exact.argmax(axis=1) == other.argmax(axis=1)
+    return float(lost.mean()), float(same.mean()), float((lost > TIPPED_KL).mean())
 
 
 def divergences(exact: Float32, other: Float32) -> Float64:

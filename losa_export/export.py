@@ -73,7 +73,7 @@ class ExportConfig:
             type, they are stored once.
         group: columns that share a scale, for int8 and int4.
         activations: to what our kernels round activations before they meet int8 and int4 weights of the linears;
-            the head always takes int16. 'auto' is int8 where the gate finds the answers nearly as good, else int16.
+            the head always takes int16. 'auto' is int8 where the gate finds the answers as good, and int16 elsewhere.
         calibration: text files; int8 and int4 values, and a head of int4, are rounded for the least error of outputs on
             them. None needs no text, and no torch.
         calibration_windows: how many windows of it are looked at.
@@ -95,7 +95,7 @@ class ExportConfig:
     head: TableChoice = "auto"
     embedding: TableChoice = "auto"
     group: int = 128
-    activations: ActivationsChoice = "int16"
+    activations: ActivationsChoice = "auto"
     calibration: tuple[Path, ...] = ()
     calibration_windows: int = 32
     smoothing: float | None = None

@@ -624,7 +624,7 @@ def test_without_torch_rounded_weights_are_held_against_the_stock_engine(
 def test_activations_have_8_bits_where_answers_bear_it(values: str, sparse: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="needs the 'train' extra")
     save_reference(sparse / "reference.safetensors", compute_reference(sparse))
-    report = export_onnx(quick(sparse, tmp_path / "onnx", gate=True, values=values, activations="auto"))
+    report = export_onnx(quick(sparse, tmp_path / "onnx", gate=True, values=values))
     record = manifest(tmp_path / "onnx")
     if record["gate"]["runtime"] == "ort-stock":
         assert record["activations"] == "int16"
@@ -656,7 +656,7 @@ def test_activations_have_16_bits_where_8_cost_too_much(
         return right(truth, runtime, types)
 
     monkeypatch.setattr(export_gate, "_check_deviation", refuses_int8)
-    report = export_onnx(quick(sparse, tmp_path / "onnx", gate=True, values="int8", activations="auto"))
+    report = export_onnx(quick(sparse, tmp_path / "onnx", gate=True, values="int8"))
     record = manifest(tmp_path / "onnx")
     assert record["activations"] == report.types.activations == "int16"
     if record["gate"]["runtime"] == "ort":

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from losa_export.checkpoint import read_json
 from losa_export.errors import LosaError
-from losa_export.eval.fidelity import fidelity
+from losa_export.eval.fidelity import TIPPED_KL, fidelity
 from losa_export.eval.studies.codebooks import rise
 from losa_export.onnx_file import MANIFEST_FILE
 from losa_export.runtimes.base import Runtime
@@ -39,12 +39,14 @@ class Row:
         rise_fraction: of the perplexity over the exact file's.
         rise_error: standard error of that, from paired differences of window losses.
         kl_divergence: mean over tokens of KL(exact ‖ this), nats.
+        tipped: share of tokens where it is above `fidelity.TIPPED_KL`.
     """
 
     perplexity: float
     rise_fraction: float
     rise_error: float
     kl_divergence: float
+    tipped: float
 
 
 def compare(runtimes: Sequence[Runtime], windows: NDArray[np.int64], *, show_progress: bool = True) -> list[Row]:
@@ -61,6 +63,7 @@ def compare(runtimes: Sequence[Runtime], windows: NDArray[np.int64], *, show_pro
             math.exp(float(one.nll.mean())),
             *rise(exact.nll.tolist(), one.nll.tolist()),
             float(one.kl_divergence.mean()),
+            float(one.tipped.mean()),
         )
         for one in found
     ]
@@ -83,7 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m losa_export.eval.studies.exported", description=main.__doc__)
     parser.add_argument("exact", type=Path, metavar="ONNX", help="exported with fp32 values")
     parser.add_argument("rounded", type=Path, nargs="+", metavar="ONNX", help="exported from the same checkpoint")
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="that nothing was calibrated on")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", type=Path, metavar="FILE", help="that nothing was calibrated on")
+    source.add_argument("--random", action="store_true", help="tokens drawn at random, as 'losa bench' draws them")
     parser.add_argument("--windows", type=int, default=24, metavar="N", help=f"of {WINDOW} tokens (default: 24)")
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="default: the physical cores")
     options = parser.parse_args(arguments)
@@ -95,24 +100,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 loaded.enter_context(closing(load_runtime("ort", folder, threads=options.threads)))
                 for folder in folders
             ]
-            windows = token_windows(
-                read_documents([options.text]),
-                load_tokenizer(options.exact),
-                min(WINDOW, *(runtime.max_positions for runtime in runtimes)),
-                options.windows,
-                seed=0,
-                separator=next(iter(load_stop_ids(options.exact)), None),
-            )
-            rows = compare(runtimes, windows)
+            length = min(WINDOW, *(runtime.max_positions for runtime in runtimes))
+            rows = compare(runtimes, _windows(options, length, runtimes[0].vocab_size))
     except LosaError as error:
         sys.stderr.write(f"losa: error: {error}\n")
         return error.exit_code
-    sys.stdout.write("| values | MB | perplexity | rise | KL |\n|---|---|---|---|---|\n")
+    sys.stdout.write(f"| values | MB | perplexity | rise | KL | > {TIPPED_KL} |\n|---|---|---|---|---|---|\n")
     for folder, label, row in zip(folders, labels, rows, strict=True):
         size = read_json(folder / MANIFEST_FILE, what="exported folder", mend="export it again")["model_bytes"]
-        cost = "| | |" if folder is options.exact else f"| {_percent(row)} | {row.kl_divergence:.5f} |"
+        cost = f"| {_percent(row)} | {row.kl_divergence:.5f} | {row.tipped:.2%} |"
+        cost = "| | | |" if folder is options.exact else cost
         sys.stdout.write(f"| {label} | {size / 1e6:.0f} | {row.perplexity:.2f} {cost}\n")
     return 0
+
+
+def _windows(options: argparse.Namespace, length: int, vocab_size: int) -> NDArray[np.int64]:
+    if options.random:
+        return np.random.default_rng(0).integers(0, vocab_size, (options.windows, length))
+    return token_windows(
+        read_documents([options.text]),
+        load_tokenizer(options.exact),
+        length,
+        options.windows,
+        seed=0,
+        separator=next(iter(load_stop_ids(options.exact)), None),
+    )
 
 
 def _percent(row: Row) -> str:

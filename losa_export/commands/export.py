@@ -61,9 +61,9 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--activations",
         choices=("auto", "int16", "int8"),
-        default="int16",
-        help="what activations are rounded to before int8 and int4 weights, but the head's; 'auto' is int8 where the gate"
-        " finds the answers nearly as good (default: %(default)s)",
+        default="auto",
+        help="what activations are rounded to before int8 and int4 weights, but the head's (default: int8 where the gate"
+        " finds the answers nearly as good, else int16)",
     )
     parser.add_argument(
         "--calibration",

@@ -35,6 +35,7 @@ def test_rise_and_divergence_follow_their_definitions() -> None:
     assert first.perplexity == pytest.approx(math.exp(-np.log([0.5, 0.75, 0.75, 0.25]).mean()), rel=1e-6)
     assert second.perplexity == pytest.approx(math.exp(-np.log([0.5, 0.25, 0.25, 0.75]).mean()), rel=1e-6)
     assert second.rise_fraction == pytest.approx(second.perplexity / first.perplexity - 1, rel=1e-6)
+    assert (first.tipped, second.tipped) == (0, pytest.approx(3 / 4))  # all after token 1, of 0.55 nats
     assert second.kl_divergence == pytest.approx(3 / 4 * (0.75 - 0.25) * math.log(3), rel=1e-6)
 
 
@@ -48,11 +49,15 @@ def test_the_command_compares_exported_files(
     folders = [str(tmp_path / "fp32"), str(tmp_path / "int8")]
     assert main([*folders, "--text", str(tiny_text), "--windows", "2", "--threads", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| values | MB | perplexity | rise | KL |"
+    assert lines[0] == "| values | MB | perplexity | rise | KL | > 0.3 |"
     assert lines[2].startswith("| fp32 |")
-    assert all(line.count("|") == 6 for line in lines)
+    assert all(line.count("|") == 7 for line in lines)
     assert lines[3].startswith("| int8, group 128, int16 activations, head int8 |")
     assert "%" in lines[3]
+    assert main([*folders, "--random", "--windows", "1", "--threads", "1"]) == 0
+    drawn = capsys.readouterr().out.splitlines()
+    assert drawn[:2] == lines[:2]
+    assert drawn[3] != lines[3]
 
 
 def test_a_folder_that_is_no_export_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
