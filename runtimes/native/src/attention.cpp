@@ -20,6 +20,8 @@ static_assert(kPartKeys % kKeyTile == 0, "a tile of keys lies in one part");
 constexpr int64_t kFewTasks = 32;  // with more there is something to do for each thread
 // Multiply-adds that are done sooner than another thread would have joined.
 constexpr int64_t kFewMultiplyAdds = 128 * 1024;
+constexpr int64_t kLine = 16;    // floats of a line of the cache
+constexpr int64_t kStreams = 4;  // places at which keys of one head are read at once
 
 thread_local Scratch attention_scratch, parts_scratch;
 
@@ -34,6 +36,18 @@ void rotate(const Attention& a, int64_t rotation, const float* from, float scale
     to[half + d] = (second * cosines[d] + first * sines[d]) * scale;
   }
   for (int64_t d = 2 * half; d < a.head_dim; ++d) to[d] = from[d] * scale;
+}
+
+/// Reads keys and values into the caches: `floats` of them from each of `streams` places, `stride` apart, a line of each
+/// in turn. All weights have passed the caches since the last token. A processor sees the addresses rise and reads ahead
+/// of each, more than it takes requests to prefetch: on a Zen 4, three heads of 100 keys took 14 µs so, 20 µs with those,
+/// 6 µs if the caches had them.
+void fetch(const float* keys, const float* values, int64_t streams, int64_t stride, int64_t floats) {
+  for (int64_t i = 0; i < floats; i += kLine)
+    for (int64_t at = i; at < i + streams * stride; at += stride) {
+      static_cast<void>(static_cast<const volatile float*>(keys)[at]);
+      static_cast<void>(static_cast<const volatile float*>(values)[at]);
+    }
 }
 
 /// What a part of the keys comes to for some queries: the results of HeadQueries.
@@ -73,6 +87,7 @@ struct Job {
   int64_t tile_tokens, tiles;
   int64_t most_parts;   // of any row
   float* shared_parts;  // [head][part]: where parts are tasks of their own; null otherwise
+  bool fetched = false;  // keys and values of all heads are in the caches
   std::atomic<bool> out_of_memory{false};
 
   int64_t heads() const { return a.batch * a.kv_heads; }
@@ -148,6 +163,11 @@ struct Job {
     q.output = to.output;
     q.largest = to.largest;
     q.sums = to.sums;
+    if (tiles == 1 && !fetched) {
+      const int64_t first = q.start(0) * a.head_dim, floats = q.end(tile.tokens - 1) * a.head_dim - first;
+      const int64_t part = floats / (kStreams * kLine) * kLine;
+      fetch(q.keys + first, q.values + first, kStreams, part, part);
+    }
     row.attend(q);
   }
 
@@ -256,7 +276,12 @@ bool attend(const KernelRow& row, const Attention& a, const Parallel& parallel) 
   for (int64_t b = 0; b < a.batch; ++b) most = a.past(b) + a.tokens > most ? a.past(b) + a.tokens : most;
   Job job{row, a, tile_tokens, (a.tokens + tile_tokens - 1) / tile_tokens, (most + kPartKeys - 1) / kPartKeys, nullptr};
   const Parallel here{run_here, nullptr};
-  const Parallel& threads = multiply_adds(a) <= kFewMultiplyAdds ? here : parallel;
+  const bool few = multiply_adds(a) <= kFewMultiplyAdds;
+  const Parallel& threads = few ? here : parallel;
+  if (few && job.tiles == 1 && a.present_key == a.past_key) {
+    fetch(a.present_key, a.present_value, job.heads(), a.capacity * a.head_dim, most * a.head_dim);
+    job.fetched = true;
+  }
   const size_t heads = static_cast<size_t>(job.heads()), parts = static_cast<size_t>(job.most_parts);
   const bool share_parts = job.tiles == 1 && parts > 1 && job.heads() < kFewTasks;
   if (job.tiles > 1 || share_parts) threads.each(heads, store_task, &job);

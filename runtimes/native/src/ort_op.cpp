@@ -338,6 +338,7 @@ extern "C" LOSA_EXPORT losa::ort::Status* RegisterCustomOps(losa::ort::SessionOp
   // Without a table there is no way to make a status. ONNX Runtime before 1.17 has then printed why, and
   // the session that meets the operator uses its function body instead.
   if (api == nullptr) return nullptr;
+  if (base->minor_version() >= 24) losa::ort::api_of_24 = api;
   const losa::ort::Calls calls(api);
   return losa::ort::guarded(calls, [&]() -> losa::ort::Status* {
     losa::ort::CustomOpDomain* domain = nullptr;

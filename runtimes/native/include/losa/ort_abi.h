@@ -5,8 +5,10 @@
 // positions, and no header of ONNX Runtime is needed to build. Version 17 is asked for and declared,
 // never the newest: an ONNX Runtime older than a declared version refuses the operator.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 
 namespace losa::ort {
 
@@ -24,12 +26,21 @@ struct ShapeInferContext;
 struct OpAttribute;
 
 struct Api {
-  void* slots[276];  // the table of version 17; newer ones are longer
+  void* slots[415];  // of version 24; that of version 17 ends after 276
 };
 struct ApiBase {
   const Api* (*GetApi)(uint32_t version);
   const char* (*GetVersionString)();
+
+  /// The n of ONNX Runtime 1.n; 0 of another one.
+  int minor_version() const {
+    const char* text = GetVersionString();
+    return text[0] == '1' && text[1] == '.' ? std::atoi(text + 2) : 0;
+  }
 };
+
+/// The table that has what came with version 24, too; null: none was seen. It is the same for all versions asked for.
+inline std::atomic<const Api*> api_of_24{nullptr};
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kInvalidGraph = 10 };
 enum ElementType : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBfloat16 = 16 };
@@ -66,7 +77,7 @@ struct CustomOp {
 /// One method for each slot used; ownership is said where ONNX Runtime hands something out.
 class Calls {
  public:
-  explicit Calls(const Api* api) : api_(api) {}
+  explicit Calls(const Api* api) : api_(api), lends_shapes_(api == api_of_24) {}
 
   /// The caller owns the status, or gives it back to ONNX Runtime by returning it.
   Status* create_status(ErrorCode code, const char* message) const {
@@ -121,6 +132,12 @@ class Calls {
   Status* data(const Value* value, void** pointer) const {
     return call<51, Status*>(const_cast<Value*>(value), pointer);
   }
+  /// Whether there is `shape`, which spares a tensor_info, that is some allocations.
+  bool lends_shapes() const { return lends_shapes_; }
+  /// `dims` lives as long as `value`.
+  Status* shape(const Value* value, int* type, const int64_t** dims, size_t* rank) const {
+    return call<414, Status*>(value, type, dims, rank);
+  }
   /// The caller releases `info`.
   Status* tensor_info(const Value* value, TensorInfo** info) const { return call<65, Status*>(value, info); }
   void release(TensorInfo* info) const { call<99, void>(info); }
@@ -170,6 +187,7 @@ class Calls {
   }
 
   const Api* api_;
+  bool lends_shapes_;
 };
 
 }  // namespace losa::ort

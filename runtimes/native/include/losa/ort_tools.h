@@ -28,6 +28,13 @@ inline std::string node_name(const Calls& calls, const KernelInfo* info) {
 
 /// Shape and element type of a tensor; frees what ONNX Runtime hands out on the way.
 inline Status* describe_tensor(const Calls& calls, const Value* value, std::vector<int64_t>* dims, int* type) {
+  if (calls.lends_shapes()) {
+    const int64_t* lent = nullptr;
+    size_t lent_rank = 0;
+    if (Status* status = calls.shape(value, type, &lent, &lent_rank)) return status;
+    dims->assign(lent, lent + lent_rank);
+    return nullptr;
+  }
   TensorInfo* info = nullptr;
   if (Status* status = calls.tensor_info(value, &info)) return status;
   size_t rank = 0;

@@ -27,7 +27,6 @@ class Attend {
   // Their sums stay in registers: of scores queries x parts x 2, of values queries x vectors.
   static constexpr int kScoreQueries = 4 / kParts;
   static constexpr int kValueQueries = 4;
-  static constexpr int64_t kAhead = 2, kLine = 16;  // tiles, and floats of a line of the cache
   static constexpr int kValueVectors = 4 / kParts;
 
   static float* scores_of(const losa::HeadQueries& q, int64_t query) { return q.scores + query * q.score_stride(); }
@@ -46,18 +45,8 @@ class Attend {
     }
   }
 
-  /// Asks memory for the keys that are turned `kAhead` tiles later, and for the values of this tile, whose turn comes
-  /// when all scores are known.
-  static void prefetch(const losa::HeadQueries& q, int64_t first) {
-    const int64_t tile = kTile * q.head_dim, last = q.end(q.tokens - 1) * q.head_dim;
-    const int64_t keys = (first + kAhead * kTile) * q.head_dim, values = first * q.head_dim;
-    for (int64_t i = 0; i < tile && keys + i < last; i += kLine) __builtin_prefetch(q.keys + keys + i);
-    for (int64_t i = 0; i < tile && values + i < last; i += kLine) __builtin_prefetch(q.values + values + i, 0, 2);
-  }
-
   /// Scores of the keys [first, first + 16) for all queries that see one of them.
   static void score_tile(const losa::HeadQueries& q, int64_t first) {
-    prefetch(q, first);
     turn(q, first);
     int64_t token = first < q.past ? 0 : first - q.past, last = token;  // places from `first` on see it
     while (last < q.tokens && q.start(last) < first + kTile) ++last;
