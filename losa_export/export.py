@@ -71,7 +71,8 @@ class ExportConfig:
         head: type of the head; 'auto' is that of the values, but int8 for int4.
         embedding: type of the embedding; 'auto' is that of the head, but int8 for int4. Where both are tied, and of one
             type, they are stored once.
-        group: columns that share a scale, for int8 and int4.
+        group: columns that share a scale, for int8 and int4; None is 128, but 64 for int4 where a linear's width is no
+            multiple of 128.
         activations: to what our kernels round activations before they meet int8 and int4 weights of the linears;
             the head always takes int16. 'auto' is int8 where the gate finds the answers as good, and int16 elsewhere.
         calibration: text files; int8 and int4 values, and a head of int4, are rounded for the least error of outputs on
@@ -94,7 +95,7 @@ class ExportConfig:
     values: ValuesChoice = "fp32"
     head: TableChoice = "auto"
     embedding: TableChoice = "auto"
-    group: int = 128
+    group: int | None = None
     activations: ActivationsChoice = "auto"
     calibration: tuple[Path, ...] = ()
     calibration_windows: int = 32
@@ -127,7 +128,7 @@ class ExportConfig:
                 "weights, and finds their zeros itself; leave weights, values, head and embedding out",
                 field="profile",
             )
-        if self.group not in GROUPS:
+        if self.group not in (None, *GROUPS):
             raise ConfigError(
                 f"ExportConfig.group is {self.group}; choose one of {', '.join(map(str, GROUPS))}", field="group"
             )
@@ -345,8 +346,18 @@ def _smooth(
     return scales, {"smoothing": {"strength": strength, "tokens": int(given.size)}}
 
 
+def _group(config: ExportConfig, exporter: Exporter) -> int:
+    """The columns that share a scale, as asked for or by the linears' widths."""
+    if config.group is not None:
+        return config.group
+    narrow, wide = GROUPS[-2:]
+    uneven = any(columns % wide for _, columns in exporter.linears.values())
+    return narrow if uneven and config.values == "int4" else wide
+
+
 def _rounding(
     config: ExportConfig,
+    group: int,
     text: CalibrationText | None,
     scales: Mapping[str, Float32],
     on_rounded: Callable[[int], None],
@@ -356,7 +367,7 @@ def _rounding(
         return None
     from losa_export.training.rounding import load_rounding
 
-    return load_rounding(config.source, text.windows, config.values, config.group, on_rounded, scales)
+    return load_rounding(config.source, text.windows, config.values, group, on_rounded, scales)
 
 
 def _head_by_text(config: ExportConfig, exporter: Exporter) -> int:
@@ -393,7 +404,7 @@ def _write_model(
     from losa_export.graph.zeros import zeros_record
 
     plan = plan_sparsity(checkpoint, exporter.source, exporter.linears, config.chosen_weights)
-    head, embedding = config.chosen_head, config.chosen_embedding
+    head, embedding, group = config.chosen_head, config.chosen_embedding, _group(config, exporter)
     activation_bits = 8 if config.written_activations == "int8" else 16
     weights, linears = exporter.weight_count, sum(rows * columns for rows, columns in exporter.linears.values())
     task, work = ("building", weights) if text is None else ("rounding", linears + _head_by_text(config, exporter))
@@ -405,15 +416,15 @@ def _write_model(
         def advance(count: int) -> None:
             progress.advance(count / 1e6)
 
-        rounding = _rounding(config, text, scales, advance)
+        rounding = _rounding(config, group, text, scales, advance)
         store = WeightStore(
             SmoothedReader(exporter.source, scales),
             writer,
             plan,
-            value_format(config.values, group=config.group, activation_bits=activation_bits),
+            value_format(config.values, group=group, activation_bits=activation_bits),
             # The head keeps 16 bits: with 8, it alone loses as much as all linears together, for little speed.
-            value_format(head, group=config.group),
-            value_format(embedding, group=config.group),
+            value_format(head, group=group),
+            value_format(embedding, group=group),
             rounding=rounding,
             head_rounding=rounding.head if rounding is not None and head == "int4" else None,
         )
@@ -437,7 +448,7 @@ def _write_model(
     zeros = zeros_record(written, exporter.linears) if plan.digests and not plan.store_sparse else {}
     types = StoredTypes()
     if sparse or {config.values, head, embedding} != {"fp32"}:
-        types = StoredTypes.settled(config.values, head, embedding, config.group, config.written_activations)
+        types = StoredTypes.settled(config.values, head, embedding, group, config.written_activations)
     return {
         "format": MANIFEST_FORMAT,
         "versions": versions(*exporter.packages),

@@ -43,6 +43,7 @@ from losa_export.masks import digest, save_masks
 from losa_export.quantise import Int8Weight
 from losa_export.reference import Reference, compute_reference, save_reference
 from losa_export.runtimes.ort import OrtRuntime
+from tests.conftest import write_tiny_checkpoint
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -455,6 +456,19 @@ def test_activations_are_an_attribute_of_each_product(sparse: Path, tmp_path: Pa
     products = ("SparseMatMulInt4", "SkipNormSparseMatMulInt4", "SkipNormSparseSwiGLUInt4")
     others = {"SkipNormDenseMatMulInt8": [16], "EmbeddingInt8": [], "GroupQueryAttention": []}
     assert bits == {**{one: [8] for one in products}, **others}
+
+
+@pytest.mark.parametrize(
+    ("values", "mlp", "group"), [("int4", 128, 128), ("int4", 192, 64), ("int8", 192, 128)], ids=str
+)
+def test_int4_has_groups_of_64_where_a_width_is_no_multiple_of_128(
+    values: str, mlp: int, group: int, tmp_path: Path
+) -> None:
+    widths = {"hidden_size": 128, "intermediate_size": mlp, "num_attention_heads": 4, "head_dim": 32}
+    write_tiny_checkpoint(tmp_path / "dense", seed=0, **widths)
+    asked = quick(tmp_path / "dense", tmp_path / "onnx", weights="dense", values=values)
+    assert export_onnx(asked).types.group == manifest(tmp_path / "onnx")["group"] == group
+    assert export_onnx(replace(asked, output=tmp_path / "asked", group=32)).types.group == 32
 
 
 @pytest.mark.parametrize("values", ["bf16", "int8", "int4"])

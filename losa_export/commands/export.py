@@ -55,8 +55,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         "--group",
         type=int,
         choices=(32, 64, 128),
-        default=128,
-        help="columns that share a scale, for int8 and int4 (default: %(default)s)",
+        default=None,
+        help="columns that share a scale, for int8 and int4 (default: 128; int4 64 where a width is no multiple of it)",
     )
     parser.add_argument(
         "--activations",
