@@ -110,11 +110,14 @@ class RowSums {
       total_[v] = V::multiply_add(weight, V::template load<lanes()>(x + v * kVectorLanes), total_[v]);
     });
   }
-  LOSA_INLINE void clear() {
-    each([&](int v, auto) { total_[v] = V::no_sums(); });
-  }
-  LOSA_INLINE void add(const RowSums& other) {
-    each([&](int v, auto) { total_[v] = V::add(total_[v], other.total_[v]); });
+  /// The same for two rows, which share the loads of x.
+  LOSA_INLINE static void add_to_both(RowSums& a, RowSums& b, typename V::Vector of_a, typename V::Vector of_b,
+                                      const typename V::Element* x) {
+    each([&](int v, auto lanes) {
+      const typename V::Vector loaded = V::template load<lanes()>(x + v * kVectorLanes);
+      a.total_[v] = V::multiply_add(of_a, loaded, a.total_[v]);
+      b.total_[v] = V::multiply_add(of_b, loaded, b.total_[v]);
+    });
   }
   template <class Scale>
   LOSA_INLINE void finish(float* sums, Scale scale, const float* token_scales) {
@@ -138,8 +141,54 @@ class RowSums {
   typename V::Sums total_[kVectors > 0 ? kVectors : 1];
 };
 
+/// The sums of a row for one or two tiles of tokens, of which the second may be empty. Both meet an element at once, as
+/// finding it and beginning a row take as long for either.
+template <class V, int Width, int Next>
+class SparseRow {
+ public:
+  using Element = typename V::Element;
+
+  LOSA_INLINE SparseRow(const WeightTile<Element>& tile, int row, const TokensOfTile<Element>& tokens,
+                        const TokensOfTile<Element>& next)
+      : weights_(tile.weights + row), scale_(V::scale(tile.scales + row)), tokens_(tokens), next_(next) {
+    tokens_.sums += row * Width;
+    next_.sums += row * Next;
+    sums_.begin(tokens_.sums, V::start(tile, row));
+    next_sums_.begin(next_.sums, V::start(tile, row));
+  }
+  /// Adds the products of the elements that are set.
+  LOSA_INLINE void add(uint64_t elements) {
+    for (; elements != 0; elements &= elements - 1) {
+      const int64_t k = __builtin_ctzll(elements);
+      const auto weight = V::broadcast_kept(weights_ + k * losa::kBlockRows);
+      sums_.add(weight, tokens_.x + k * Width);
+      next_sums_.add(weight, next_.x + k * Next);
+    }
+  }
+  LOSA_INLINE static void add_to_both(SparseRow& a, SparseRow& b, uint64_t elements) {
+    for (; elements != 0; elements &= elements - 1) {
+      const int64_t k = __builtin_ctzll(elements), at = k * losa::kBlockRows;
+      const auto of_a = V::broadcast(a.weights_ + at), of_b = V::broadcast(b.weights_ + at);
+      RowSums<V, Width>::add_to_both(a.sums_, b.sums_, of_a, of_b, a.tokens_.x + k * Width);
+      RowSums<V, Next>::add_to_both(a.next_sums_, b.next_sums_, of_a, of_b, a.next_.x + k * Next);
+    }
+  }
+  LOSA_INLINE void finish() {
+    sums_.finish(tokens_.sums, scale_, tokens_.scales);
+    next_sums_.finish(next_.sums, scale_, next_.scales);
+  }
+
+ private:
+  const Element* weights_;
+  decltype(V::scale(nullptr)) scale_;
+  TokensOfTile<Element> tokens_, next_;
+  RowSums<V, Width> sums_;
+  RowSums<V, Next> next_sums_;
+};
+
 /// Lanes run along tokens, so that an absent element costs nothing: a row's kept ones are the set bits of a 64-bit
-/// mask. Both tiles of tokens meet an element at once, as finding it and beginning a row take as long for either.
+/// mask. Those that two neighbouring rows keep are taken together, since a load of activations takes as long as a
+/// multiply-add.
 template <class V>
 struct SparseProduct {
   using Element = typename V::Element;
@@ -149,34 +198,15 @@ struct SparseProduct {
   /// A tile of `Width` tokens and, unless `Next` is 0, another one of `Next`.
   template <int Width, int Next>
   static void rows(const Tile& tile, TokensOfTile<Element> tokens, TokensOfTile<Element> next) {
-    for (int row = 0; row < losa::kBlockRows; ++row, tokens.sums += Width, next.sums += Next) {
-      const Element* weights = tile.weights + row;
-      RowSums<V, Width> sums, other;
-      RowSums<V, Next> next_sums;
-      sums.begin(tokens.sums, V::start(tile, row));
-      next_sums.begin(next.sums, V::start(tile, row));
-      uint64_t kept = tile.kept[row];
-      if constexpr (Next == 0) {
-        // One tile's sums are too few to hide how long a multiply-add takes.
-        other.clear();
-        for (int pairs = __builtin_popcountll(kept) / 2; pairs > 0; --pairs) {
-          const int64_t k = __builtin_ctzll(kept);
-          kept &= kept - 1;
-          sums.add(V::broadcast_kept(weights + k * losa::kBlockRows), tokens.x + k * Width);
-          const int64_t l = __builtin_ctzll(kept);
-          kept &= kept - 1;
-          other.add(V::broadcast_kept(weights + l * losa::kBlockRows), tokens.x + l * Width);
-        }
-      }
-      for (; kept != 0; kept &= kept - 1) {
-        const int64_t k = __builtin_ctzll(kept);
-        const auto weight = V::broadcast_kept(weights + k * losa::kBlockRows);
-        sums.add(weight, tokens.x + k * Width);
-        next_sums.add(weight, next.x + k * Next);
-      }
-      if constexpr (Next == 0) sums.add(other);
-      sums.finish(tokens.sums, V::scale(tile.scales + row), tokens.scales);
-      next_sums.finish(next.sums, V::scale(tile.scales + row), next.scales);
+    using Row = SparseRow<V, Width, Next>;
+    for (int row = 0; row < losa::kBlockRows; row += 2) {
+      const uint64_t of_a = tile.kept[row], of_b = tile.kept[row + 1];
+      Row a(tile, row, tokens, next), b(tile, row + 1, tokens, next);
+      Row::add_to_both(a, b, of_a & of_b);
+      a.add(of_a & ~of_b);
+      b.add(of_b & ~of_a);
+      a.finish();
+      b.finish();
     }
   }
 
@@ -223,17 +253,23 @@ struct SparseProduct {
   }
 };
 
-/// What an element of a row costs, in multiply-adds of 16 tokens at the processor's best rate, for each 16 tokens:
-/// WideProduct takes `wide`; SparseProduct takes `row` for its part of beginning and finishing a row, and a kept element
-/// in addition 1.8, and 1.12 for each 16 tokens. Fitted to times on a Zen 5 of 512 rows by 1024 columns, 16 to 128 tokens
-/// and 1 % to 50 % kept; for integers it is drawn towards a Zen 4, where skipping costs less beside the products.
+/// What products cost, in multiply-adds of 16 tokens at the processor's best rate: for each element of a row and 16
+/// tokens WideProduct `wide`, SparseProduct `row` for its part of beginning and finishing a row. What SparseProduct then
+/// takes is the multiply-adds of kept elements, and one more for an element that a row keeps alone, all times `element`.
+/// Fitted to times on a Zen 4 of 1,024 rows and columns, 32 to 128 tokens, 10 % to 90 % kept.
 struct PrefillCosts {
-  double wide, row;
+  double wide, row, element;
 };
 
 inline bool skipping_pays(const PrefillCosts& costs, double kept_share, int64_t tokens) {
-  double vectors = 0;
-  for (int64_t i = 0; i < losa::token_tile_count(tokens); ++i)
-    vectors += static_cast<double>((losa::token_tile(tokens, i).width + kVectorLanes - 1) / kVectorLanes);
-  return costs.row * vectors + kept_share * (1.8 + 1.12 * vectors) < costs.wide * vectors;
+  constexpr double kLatency = 4;  // multiply-adds that a sum takes
+  double width = 0, vectors = 0;
+  for (int64_t i = 0; i < losa::token_tile_count(tokens); ++i) {
+    const int64_t of_tile = losa::token_tile(tokens, i).width;
+    width += static_cast<double>(of_tile);
+    vectors += static_cast<double>((of_tile + kVectorLanes - 1) / kVectorLanes);
+  }
+  const double both = kept_share * kept_share, alone = kept_share - both;
+  const double adds = both * vectors + alone * (1 + (vectors > kLatency ? vectors : kLatency));
+  return costs.row * vectors + costs.element * adds < costs.wide * width / kVectorLanes;
 }

@@ -22,8 +22,6 @@ struct IntegerElements {
   }
   template <int Lanes>
   static Sums begin(const float*, Sums start) { return start; }
-  static Sums no_sums() { return _mm512_setzero_si512(); }
-  static Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
   static __m512 scale(const float* p) { return _mm512_set1_ps(*p); }
   template <int Lanes>
   static __m512 scales(const float* p) { return load_floats<Lanes>(p); }
@@ -45,7 +43,7 @@ LOSA_INLINE static __m512i sum_up(const __m512i (&sums)[Partial]) {
 
 struct Pairs : IntegerElements {
   static constexpr int kOfStep = 2;
-  static constexpr PrefillCosts kCosts = {1.4, 0.35};
+  static constexpr PrefillCosts kCosts = {1.12, 0.17, 1.0};
 
   // Decoding: x stays signed, weights in even columns get the 128.
 
@@ -127,7 +125,7 @@ struct Pairs : IntegerElements {
 
 struct Quads : IntegerElements {
   static constexpr int kOfStep = 1;
-  static constexpr PrefillCosts kCosts = {1.5, 0.42};
+  static constexpr PrefillCosts kCosts = {1.22, 0.29, 1.0};
 
   // Decoding: x stays signed, all weights get the 128.
 
