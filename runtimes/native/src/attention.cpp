@@ -19,7 +19,7 @@ constexpr int64_t kPartKeys = 512;
 static_assert(kPartKeys % kKeyTile == 0, "a tile of keys lies in one part");
 constexpr int64_t kFewTasks = 32;  // with more there is something to do for each thread
 // Multiply-adds that are done sooner than another thread would have joined.
-constexpr int64_t kFewMultiplyAdds = 128 * 1024;
+constexpr int64_t kFewMultiplyAdds = 64 * 1024;
 constexpr int64_t kLine = 16;    // floats of a line of the cache
 constexpr int64_t kStreams = 4;  // places at which keys of one head are read at once
 
