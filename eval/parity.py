@@ -253,8 +253,8 @@ def thresholds_for(activations: str | None) -> GateThresholds:
     Rounding to 16 bits leaves errors of some 2e-3 and a KL of 1e-6 on SmolLM2-135M's own text, and up to 1.5e-2 and
     1.5e-4 on random tokens, whose activations have larger outliers; so a wrong graph still stands out.
     To 8 bits it leaves 0.4 and 0.08: then only gross errors do, and the kernels' own tests must speak for the rest.
-    Of random tokens 0.3 to 2 % then differ by more than 0.3 nats, as many as rounding int8 weights alone tips over
-    (docs/decisions/0007-outliers-move-into-weights.md); they come in runs of a prompt.
+    Of random tokens half a percent to 2 % then differ by more than 0.3 nats, often several of one prompt; rounding int8
+    weights alone tips 0.3 % over (docs/decisions/0007-outliers-move-into-weights.md).
 
     Args:
         activations: 'int16', 'int8', or None where none are rounded; as in export.json.

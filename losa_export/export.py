@@ -74,7 +74,7 @@ class ExportConfig:
         group: columns that share a scale, for int8 and int4; None is 128, but 64 for int4 where a linear's width is no
             multiple of 128.
         activations: to what our kernels round activations before they meet int8 and int4 weights of the linears;
-            the head always takes int16. 'auto' is int8 where the gate finds the answers as good, and int16 elsewhere.
+            the head always takes int16. 'auto' is int8 where the gate finds the answers nearly as good, else int16.
         calibration: text files; int8 and int4 values, and a head of int4, are rounded for the least error of outputs on
             them. None needs no text, and no torch.
         calibration_windows: how many windows of it are looked at.

@@ -143,14 +143,21 @@ def test_answers_that_differ_end_the_benchmark_before_timing(run):
         run({("sparse", "ort"): {"seed": 1}})
 
 
-def test_an_error_that_only_the_timed_prompt_shows_is_found(run):
-    def disturb(kind, row, state, logits):
-        if kind == "prefill" and len(logits) == 40:
-            logits[-1, 3] += 5
-        return logits
+def disturb_the_timed_prompt(kind, row, state, logits):
+    if kind == "prefill" and len(logits) == 40:
+        logits[-1, 3] += 5
+    return logits
 
+
+def test_an_error_that_only_the_timed_prompt_shows_is_found(run):
     with pytest.raises(BenchmarkError, match=r"differs from the baseline.* on the prompt to be timed"):
-        run({("sparse", "ort"): {"disturb": disturb}}, prompt_tokens=40)
+        run({("sparse", "ort"): {"disturb": disturb_the_timed_prompt}}, prompt_tokens=40)
+
+
+def test_one_stray_of_the_timed_prompt_is_let_pass_where_thresholds_do(run):
+    few = GateThresholds(stray_share=0.1)
+    result = run({("sparse", "ort"): {"disturb": disturb_the_timed_prompt}}, prompt_tokens=40, thresholds=few)
+    assert result.report.answers.candidate.workload.kl_max > few.max_kl
 
 
 def test_different_models_are_each_checked_by_a_second_engine(run):
@@ -256,6 +263,8 @@ def test_rounded_activations_loosen_what_counts_as_the_same():
     assert exact == GateThresholds()
     assert exact.max_relative_error < fine.max_relative_error < rough.max_relative_error < float("inf")
     assert exact.max_kl < fine.max_kl < rough.max_kl
+    assert exact.strays(48) == fine.strays(48) == 0
+    assert [rough.strays(positions) for positions in (1, 3, 12, 48)] == [0, 1, 1, 6]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"source": 3}', '{"source": {"weights_sha256": 3}}'])
