@@ -68,6 +68,7 @@ class SharedState:
         self.buffers = buffers
         self.ones = np.ones((1, self.capacity), np.int64)
         self.binding = session.io_binding()
+        self.bound: dict[str, Any] = {}
         bind_shared(self.binding, layout, buffers)
         self._session, self._layout = session, layout
 
@@ -289,7 +290,7 @@ class OrtRuntime:
         if isinstance(state, SharedState):
             # padded on the right: a row's tokens come first, the new one last among them
             mask = (np.arange(longest) <= positions).astype(np.int64)
-            logits = self._run(state.binding, ids, positions, mask, "decode")
+            logits = self._run(state.binding, ids, positions, mask, "decode", bound=state.bound)
         elif isinstance(state, GrowingState):
             # padded on the left: a row's tokens come last, the new one last of all
             mask = (np.arange(longest) >= longest - 1 - positions).astype(np.int64)
@@ -323,24 +324,45 @@ class OrtRuntime:
     def _check_open(self) -> None:
         check_open(self._session is None, self.name)
 
-    def _bind_tokens(self, binding: Any, ids: Int64, positions: Int64, mask: Int64) -> list[Any]:
+    def _bind_tokens(
+        self, binding: Any, ids: Int64, positions: Int64, mask: Int64, bound: dict[str, Any] | None = None
+    ) -> list[Any]:
         """Bind the inputs that change at each call; keep what is returned until the call is over."""
         given = {"input_ids": ids, "position_ids": positions, "positions": positions, "attention_mask": mask}
         if "causal_mask" in self._input_types:
             given["causal_mask"] = causal_mask(mask, ids.shape[1])
-        return [self._bind(binding, name, array) for name, array in given.items() if name in self._input_types]
+        return [self._bind(binding, name, array, bound) for name, array in given.items() if name in self._input_types]
 
-    def _bind(self, binding: Any, name: str, array: Int64) -> Any:
-        """Bind one input. Returns: the memory it is read from."""
-        typed = np.ascontiguousarray(array, dtype=self._input_types[name])
+    def _bind(self, binding: Any, name: str, array: Int64, bound: dict[str, Any] | None = None) -> Any:
+        """Bind one input. Returns: the memory it is read from.
+
+        `bound` is what earlier calls bound here: an input of the same shape is written there, which takes a tenth of
+        the time.
+        """
+        if bound is None:
+            typed = np.ascontiguousarray(array, dtype=self._input_types[name])
+        elif name in bound and bound[name].shape == array.shape:
+            bound[name][...] = array
+            return bound[name]
+        else:
+            typed = bound[name] = np.array(array, dtype=self._input_types[name], order="C")
         binding.bind_input(name, "cpu", 0, typed.dtype.type, typed.shape, typed.ctypes.data)
         return typed
 
-    def _run(self, binding: Any, ids: Int64, positions: Int64, mask: Int64, what: str, first: int = 0) -> Float32:
+    def _run(
+        self,
+        binding: Any,
+        ids: Int64,
+        positions: Int64,
+        mask: Int64,
+        what: str,
+        first: int = 0,
+        bound: dict[str, Any] | None = None,
+    ) -> Float32:
         """Run with the cache already bound. Returns: logits from token `first` on, in an array of their own."""
-        kept = self._bind_tokens(binding, ids, positions, mask)
+        kept = self._bind_tokens(binding, ids, positions, mask, bound)
         if self.chooses_logits:
-            kept.append(self._bind(binding, FIRST_LOGIT, np.array([first])))
+            kept.append(self._bind(binding, FIRST_LOGIT, np.array([first]), bound))
         logits = np.empty((len(ids), ids.shape[1] - (first if self.chooses_logits else 0), self.vocab_size), np.float32)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         try:

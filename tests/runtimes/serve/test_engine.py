@@ -264,7 +264,7 @@ def test_a_failing_model_fails_its_answers_and_not_the_engine(
     engine.submit([one.job, two.job])
     engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "_run", lambda *_: (_ for _ in ()).throw(ValueError("boom")))
+        patch.setattr(runtime, "_run", lambda *_, **__: (_ for _ in ()).throw(ValueError("boom")))
         engine.step()
     for asked in (one, two):
         assert asked.end == Failed("engine", "ValueError: boom")
