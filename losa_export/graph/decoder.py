@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from losa_export.architecture import DecoderSpec, linear_has_bias, rotary_caches
 from losa_export.graph.attention import take_attention
+from losa_export.graph.composed import compose
 from losa_export.graph.formats import DOMAIN, DOMAIN_VERSION
 from losa_export.graph.functions import own_functions
 from losa_export.graph.nodes import NodeList
@@ -78,6 +79,7 @@ class DecoderBuilder:
         )
         fuse_skip_norms(graph)
         take_attention(graph)
+        compose(graph)
         functions = own_functions(graph, OPSET)
         if functions:
             graph.opset_imports[DOMAIN] = DOMAIN_VERSION

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from losa_export.errors import FormatError
 from losa_export.graph.attention import ATTENTION_OP
+from losa_export.graph.composed import input_names, products_of
 from losa_export.graph.external import ModelFolder
-from losa_export.graph.formats import DOMAIN, EncodedWeight, ValueFormat, format_of
+from losa_export.graph.formats import DOMAIN, EncodedWeight, ValueFormat
 from losa_export.graph.formats.base import BLOCK_ROWS, unpack_mask
 from losa_export.graph.stacking import METADATA_KEY, Part, parse, parts_of
 
@@ -21,11 +22,11 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 @dataclass(frozen=True)
 class StoredNode:
-    """One node of our domain.
+    """One weight of a node of our domain.
 
     Attributes:
         name: of the node.
-        op_type: its operator.
+        op_type: its operator; of one product among several, what that would be alone.
         value_format: that the operator belongs to.
         tensors: short name → initializer.
         attributes: the node's integers that describe its weight.
@@ -75,30 +76,32 @@ class StoredNode:
 
 
 def stored_nodes(model: ModelFolder) -> Iterator[StoredNode]:
-    """Every node of our domain that holds weights, in order.
+    """Every weight that a node of our domain holds, in order; a node of several products gives one for each.
 
     Raises: FormatError if one is of no known format, or does not name its weights.
     """
     for node in model.proto.graph.node:
         if node.domain != DOMAIN or node.op_type == ATTENTION_OP:
             continue
-        value_format = format_of(node.op_type)
-        names = value_format.tensor_names(node.op_type) if value_format else ()
-        before = len(value_format.input_names(node.op_type)) if value_format else 0
-        if value_format is None or len(node.input) != before + len(names):
+        products = products_of(node.op_type)
+        names = input_names(node.op_type) if products else ()
+        if len(node.input) != len(names):
             raise FormatError(
                 f"node '{node.name}' has the unknown operator '{node.op_type}' with {len(node.input)} inputs: "
                 "export the model again"
             )
+        inputs = dict(zip(names, node.input, strict=True))
+        numbers = {one.name: int(one.i) for one in node.attribute if one.type == one.INT}
         metadata = {entry.key: entry.value for entry in node.metadata_props}
-        yield StoredNode(
-            node.name,
-            node.op_type,
-            value_format,
-            dict(zip(names, node.input[before:], strict=True)),
-            {one.name: int(one.i) for one in node.attribute if one.name in value_format.attribute_names(node.op_type)},
-            parse(metadata.get(METADATA_KEY), node.name),
-        )
+        for product in products:
+            yield StoredNode(
+                node.name,
+                product.op_type,
+                product.value_format,
+                {short: inputs[name] for short, name in product.tensors.items()},
+                {short: numbers[name] for short, name in product.attributes.items() if name in numbers},
+                parse(metadata.get(product.metadata_key), node.name),
+            )
 
 
 def read_weights(model: ModelFolder) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -118,7 +121,7 @@ def with_activation_bits(model: bytes, bits: int) -> bytes:
     proto = onnx.load_model_from_string(model)
     for node in proto.graph.node:
         for attribute in node.attribute:
-            if node.domain == DOMAIN and attribute.name == "activation_bits":
+            if node.domain == DOMAIN and attribute.name.endswith("activation_bits"):
                 attribute.i = bits
     written: bytes = proto.SerializeToString()
     return written

@@ -1,7 +1,6 @@
 #include "losa/matmul.h"
 
 #include "losa/numbers.h"
-#include "losa/scratch.h"
 #include "losa/token_tiles.h"
 
 namespace losa {
@@ -15,112 +14,7 @@ constexpr int64_t kFewBlocks = 8;
 constexpr int64_t kPrefillTasks = 16;
 constexpr int64_t kPrefillMaxBlocks = 8;
 
-thread_local Scratch normed_scratch, rounded_scratch, packed_scratch;
-
 int64_t padded_tokens(int64_t tokens) { return (tokens + kTokenStep - 1) / kTokenStep * kTokenStep; }
-
-struct Job {
-  const KernelRow& row;
-  const Weight& w;
-  const float* x;
-  int64_t tokens;  // at most kPrefillTokens
-  float* y;
-  bool prefill;
-  SkipNorm norm;
-  float* normed;          // [tokens, columns]: the norm's result, in place of x
-  RoundedTokens rounded;  // of integer weights
-  PackedTokens packed;    // of prefill
-  int64_t blocks_per_task;
-
-  BlockRange blocks(size_t task) const {
-    const int64_t first = static_cast<int64_t>(task) * blocks_per_task;
-    const int64_t last = first + blocks_per_task;
-    return {first, last < w.blocks() ? last : w.blocks()};
-  }
-  size_t tasks() const { return static_cast<size_t>((w.blocks() + blocks_per_task - 1) / blocks_per_task); }
-
-  void product(const Weight& weight, BlockRange range, float* to) const {
-    if (is_integer(w.type)) {
-      const IntegerKernels& kernels = row.integers(w.type);
-      if (prefill)
-        kernels.prefill(weight, range, packed, tokens, to);
-      else
-        kernels.decode(weight, range, rounded, tokens, to);
-    } else {
-      const FloatKernels& kernels = row.floats(w.type);
-      if (prefill)
-        kernels.prefill(weight, range, static_cast<const float*>(packed.values), tokens, to);
-      else
-        kernels.decode(weight, range, activations(), tokens, to);
-    }
-  }
-
-  /// What the product reads.
-  const float* activations() const { return norm.present() ? normed : x; }
-
-  /// Adds and norms some tokens and rounds them, as far as the operator asks for either.
-  void prepare(int64_t first, int64_t count) const {
-    const int64_t place = first * w.columns;
-    if (norm.present()) skip_norm(x + place, count, w.columns, norm.from(first, w.columns), normed + place);
-    if (is_integer(w.type)) row.round(activations() + place, count, w.activation_bits, rounded.from(first));
-  }
-
-  /// A few pairs of blocks at a time, whose products are still in the cache when they are combined.
-  void gated_product(BlockRange range) const {
-    alignas(64) float products[kPrefillMaxBlocks * kBlockRows * kPrefillTokens];
-    for (; range.first < range.last; range.first += kPrefillMaxBlocks) {
-      const int64_t end = range.first + kPrefillMaxBlocks;
-      const Weight part = w.whole_blocks({range.first, end < range.last ? end : range.last});
-      product(part, {0, part.blocks()}, products);
-      const int64_t first = range.first / 2 * kBlockRows;
-      const int64_t count = part.rows / 2, left = w.outputs - first;
-      row.gate(products, tokens, count < left ? count : left, y + first, w.outputs);
-    }
-  }
-
-  /// Memory for normed, rounded and packed activations; false if there is none.
-  bool reserve() {
-    if (norm.present()) {
-      normed = static_cast<float*>(normed_scratch.reserve(tokens * w.columns * 4));
-      if (normed == nullptr) return false;
-    }
-    const bool integer = is_integer(w.type);
-    if (integer) {
-      const RoundedTokens shape{nullptr, nullptr, w.columns, w.group};
-      const int64_t value_bytes = (tokens * shape.padded_columns() * 2 + 63) / 64 * 64;
-      char* memory = static_cast<char*>(rounded_scratch.reserve(value_bytes + tokens * shape.groups() * 4));
-      if (memory == nullptr) return false;
-      rounded = {reinterpret_cast<int16_t*>(memory), reinterpret_cast<float*>(memory + value_bytes), w.columns,
-                 w.group};
-    }
-    if (!prefill) return true;
-    const int64_t value_bytes =
-        integer ? padded_tokens(tokens) * rounded.padded_columns() * 2 : packed_floats(tokens, w.columns) * 4;
-    const int64_t scale_bytes = integer ? padded_tokens(tokens) * rounded.groups() * 4 : 0;
-    char* memory = static_cast<char*>(packed_scratch.reserve(value_bytes + scale_bytes));
-    packed = {memory, reinterpret_cast<float*>(memory + value_bytes)};
-    return memory != nullptr;
-  }
-};
-
-void pack_task(void* argument, size_t index) {
-  const Job& job = *static_cast<const Job*>(argument);
-  const int64_t tile = static_cast<int64_t>(index);
-  const TokenTile part = token_tile(job.tokens, tile);
-  job.prepare(part.first, part.tokens);
-  if (!is_integer(job.w.type))
-    return job.row.floats(job.w.type).pack(job.activations(), job.tokens, job.w.columns, tile,
-                                           static_cast<float*>(job.packed.values));
-  job.row.integers(job.w.type).pack(job.w, job.rounded, job.tokens, tile, job.packed);
-}
-
-void product_task(void* argument, size_t index) {
-  const Job& job = *static_cast<const Job*>(argument);
-  if (job.w.gated())
-    job.gated_product(job.blocks(index));
-  else
-    job.product(job.w, job.blocks(index), job.y);
-}
 
 int64_t clamp(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : value > high ? high : value;
@@ -143,26 +37,141 @@ bool takes_prefill(const KernelRow& row, ValueType type, int64_t tokens) {
 
 }  // namespace
 
+Product::Product(const KernelRow& row, const Weight& w, const float* x, int64_t tokens, float* y,
+                 const SkipNorm& norm)
+    : row_(row), w_(w), x_(x), tokens_(tokens), y_(y), norm_(norm), prefill_(takes_prefill(row, w.type, tokens)) {
+  blocks_per_task_ = prefill_ ? clamp(w.blocks() / kPrefillTasks, 1, kPrefillMaxBlocks)
+                              : decode_blocks_per_task(w, tokens);
+  if (w.gated()) blocks_per_task_ += blocks_per_task_ % 2;  // a task has whole pairs
+}
+
+bool Product::reserve(ProductMemory* memory) {
+  if (norm_.present()) {
+    normed_ = static_cast<float*>(memory->normed.reserve(tokens_ * w_.columns * 4));
+    if (normed_ == nullptr) return false;
+  }
+  const bool integer = is_integer(w_.type);
+  if (integer) {
+    const RoundedTokens shape{nullptr, nullptr, w_.columns, w_.group};
+    const int64_t value_bytes = (tokens_ * shape.padded_columns() * 2 + 63) / 64 * 64;
+    char* to = static_cast<char*>(memory->rounded.reserve(value_bytes + tokens_ * shape.groups() * 4));
+    if (to == nullptr) return false;
+    rounded_ = {reinterpret_cast<int16_t*>(to), reinterpret_cast<float*>(to + value_bytes), w_.columns, w_.group};
+  }
+  if (!prefill_) return true;
+  const int64_t value_bytes =
+      integer ? padded_tokens(tokens_) * rounded_.padded_columns() * 2 : packed_floats(tokens_, w_.columns) * 4;
+  const int64_t scale_bytes = integer ? padded_tokens(tokens_) * rounded_.groups() * 4 : 0;
+  char* to = static_cast<char*>(memory->packed.reserve(value_bytes + scale_bytes));
+  packed_ = {to, reinterpret_cast<float*>(to + value_bytes)};
+  return to != nullptr;
+}
+
+void Product::add_to(Stages* stages) {
+  const size_t tasks = static_cast<size_t>((w_.blocks() + blocks_per_task_ - 1) / blocks_per_task_);
+  const auto product = [](void* self, size_t task) { static_cast<const Product*>(self)->run_task(task); };
+  if (prefill_) {
+    const auto pack = [](void* self, size_t tile) { static_cast<const Product*>(self)->pack(tile); };
+    stages->add(static_cast<size_t>(token_tile_count(tokens_)), pack, this);
+    return stages->add(tasks, product, this);
+  }
+  const auto prepare = [](void* self) {
+    const Product& product = *static_cast<const Product*>(self);
+    product.prepare(0, product.tokens_);
+  };
+  stages->add(tasks, product, this, prepare);
+}
+
+void Product::prepare(int64_t first, int64_t count) const {
+  const int64_t place = first * w_.columns;
+  if (norm_.present()) skip_norm(x_ + place, count, w_.columns, norm_.from(first, w_.columns), normed_ + place);
+  if (is_integer(w_.type)) row_.round(activations() + place, count, w_.activation_bits, rounded_.from(first));
+}
+
+void Product::pack(size_t index) const {
+  const int64_t tile = static_cast<int64_t>(index);
+  const TokenTile part = token_tile(tokens_, tile);
+  prepare(part.first, part.tokens);
+  if (!is_integer(w_.type))
+    return row_.floats(w_.type).pack(activations(), tokens_, w_.columns, tile, static_cast<float*>(packed_.values));
+  row_.integers(w_.type).pack(w_, rounded_, tokens_, tile, packed_);
+}
+
+void Product::run_task(size_t task) const {
+  const int64_t first = static_cast<int64_t>(task) * blocks_per_task_, last = first + blocks_per_task_;
+  const BlockRange blocks{first, last < w_.blocks() ? last : w_.blocks()};
+  if (w_.gated())
+    gated_product(blocks);
+  else
+    product(w_, blocks, y_);
+}
+
+void Product::product(const Weight& weight, BlockRange range, float* to) const {
+  if (is_integer(w_.type)) {
+    const IntegerKernels& kernels = row_.integers(w_.type);
+    if (prefill_)
+      kernels.prefill(weight, range, packed_, tokens_, to);
+    else
+      kernels.decode(weight, range, rounded_, tokens_, to);
+  } else {
+    const FloatKernels& kernels = row_.floats(w_.type);
+    if (prefill_)
+      kernels.prefill(weight, range, static_cast<const float*>(packed_.values), tokens_, to);
+    else
+      kernels.decode(weight, range, activations(), tokens_, to);
+  }
+}
+
+void Product::gated_product(BlockRange range) const {
+  alignas(64) float products[kPrefillMaxBlocks * kBlockRows * kPrefillTokens];
+  for (; range.first < range.last; range.first += kPrefillMaxBlocks) {
+    const int64_t end = range.first + kPrefillMaxBlocks;
+    const Weight part = w_.whole_blocks({range.first, end < range.last ? end : range.last});
+    product(part, {0, part.blocks()}, products);
+    const int64_t first = range.first / 2 * kBlockRows;
+    const int64_t count = part.rows / 2, left = w_.outputs - first;
+    row_.gate(products, tokens_, count < left ? count : left, y_ + first, w_.outputs);
+  }
+}
+
+int64_t pass_tokens(int64_t tokens) {
+  const int64_t passes = (tokens + kPrefillTokens - 1) / kPrefillTokens;
+  return (tokens + passes * kTokenStep - 1) / (passes * kTokenStep) * kTokenStep;
+}
+
 bool multiply(const KernelRow& row, const Weight& w, const float* x, int64_t tokens, float* y,
               const Parallel& parallel, const SkipNorm& norm) noexcept {
   if (tokens <= 0) return true;
-  // Passes of nearly equal size: 130 tokens as 72 + 58, not 128 + 2.
-  const int64_t passes = (tokens + kPrefillTokens - 1) / kPrefillTokens;
-  const int64_t pass = (tokens + passes * kTokenStep - 1) / (passes * kTokenStep) * kTokenStep;
+  static thread_local ProductMemory memory;
+  const int64_t pass = pass_tokens(tokens);
+  for (int64_t first = 0; first < tokens; first += pass) {
+    Product product(row, w, x + first * w.columns, tokens - first < pass ? tokens - first : pass,
+                    y + first * w.outputs, norm.from(first, w.columns));
+    if (!product.reserve(&memory)) return false;
+    Stages stages;
+    product.add_to(&stages);
+    stages.run(parallel);
+  }
+  return true;
+}
+
+bool mlp(const KernelRow& row, const Weight& gate_up, const Weight& down, const float* x, int64_t tokens, float* y,
+         const Parallel& parallel, const SkipNorm& norm) noexcept {
+  if (tokens <= 0) return true;
+  static thread_local ProductMemory memory[2];
+  static thread_local Scratch hidden_memory;
+  const int64_t pass = pass_tokens(tokens);
+  float* hidden = static_cast<float*>(hidden_memory.reserve(pass * gate_up.outputs * 4));
+  if (hidden == nullptr) return false;
   for (int64_t first = 0; first < tokens; first += pass) {
     const int64_t count = tokens - first < pass ? tokens - first : pass;
-    Job job{row, w, x + first * w.columns, count, y + first * w.outputs, takes_prefill(row, w.type, count),
-            norm.from(first, w.columns), nullptr, {}, {}, 0};
-    if (!job.reserve()) return false;
-    if (job.prefill) {
-      job.blocks_per_task = clamp(w.blocks() / kPrefillTasks, 1, kPrefillMaxBlocks);
-      parallel.each(static_cast<size_t>(token_tile_count(count)), pack_task, &job);
-    } else {
-      job.blocks_per_task = decode_blocks_per_task(w, count);
-      job.prepare(0, count);
-    }
-    if (w.gated()) job.blocks_per_task += job.blocks_per_task % 2;  // a task has whole pairs
-    parallel.each(job.tasks(), product_task, &job);
+    Product inner(row, gate_up, x + first * gate_up.columns, count, hidden, norm.from(first, gate_up.columns));
+    Product outer(row, down, hidden, count, y + first * down.outputs, {});
+    if (!inner.reserve(&memory[0]) || !outer.reserve(&memory[1])) return false;
+    Stages stages;
+    inner.add_to(&stages);
+    outer.add_to(&stages);
+    stages.run(parallel);
   }
   return true;
 }
