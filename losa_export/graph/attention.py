@@ -17,7 +17,7 @@ from losa_export.graph.profiles import CONTRIB
 
 ATTENTION_OP: Final = "GroupQueryAttention"
 
-_INPUTS = (
+INPUTS: Final = (
     "query",
     "key",
     "value",
@@ -29,8 +29,8 @@ _INPUTS = (
     "sin_cache",
     "position_ids",
 )
-_OUTPUTS = ("output", "present_key", "present_value")
-_ATTRIBUTES = {
+OUTPUTS: Final = ("output", "present_key", "present_value")
+ATTRIBUTES: Final = {
     "num_heads": ir.AttributeType.INT,
     "kv_num_heads": ir.AttributeType.INT,
     "scale": ir.AttributeType.FLOAT,
@@ -48,7 +48,7 @@ def take_attention(graph: ir.Graph) -> int:
         return 0
     taken = 0
     for node in graph:
-        fits = len(node.inputs) <= len(_INPUTS) and set(node.attributes) == set(_ATTRIBUTES)
+        fits = len(node.inputs) <= len(INPUTS) and set(node.attributes) == set(ATTRIBUTES)
         if (node.domain, node.op_type) == (CONTRIB, ATTENTION_OP) and fits:
             node.domain = DOMAIN
             taken += 1
@@ -57,10 +57,10 @@ def take_attention(graph: ir.Graph) -> int:
 
 def attention_function(opset_version: int) -> ir.Function:
     """The operator's definition. An input that a node leaves out is left out there, too."""
-    nodes, inputs = NodeList(""), [ir.Value(name=name) for name in _INPUTS]
-    outputs = nodes.add_many(ATTENTION_OP, inputs, list(_OUTPUTS), domain=CONTRIB)
-    for name, kind in _ATTRIBUTES.items():
+    nodes, inputs = NodeList(""), [ir.Value(name=name) for name in INPUTS]
+    outputs = nodes.add_many(ATTENTION_OP, inputs, list(OUTPUTS), domain=CONTRIB)
+    for name, kind in ATTRIBUTES.items():
         nodes.nodes[-1].attributes.add(ir.RefAttr(name, name, kind))
     graph = ir.Graph(inputs, outputs, nodes=nodes.nodes, opset_imports={"": opset_version, CONTRIB: 1})
-    attributes = [ir.Attr(name, kind, None) for name, kind in _ATTRIBUTES.items()]
+    attributes = [ir.Attr(name, kind, None) for name, kind in ATTRIBUTES.items()]
     return ir.Function(DOMAIN, ATTENTION_OP, graph=graph, attributes=attributes)

@@ -1,29 +1,36 @@
 """Operators made of those that follow each other in a block: a node of its own costs a small model more than its work.
 
-An MLP is `SkipNormSparseSwiGLU…` and the `SparseMatMul…` that reads it. Each is defined by a function of those
-operators, so that whoever does not know it finds them inside.
+    SkipNormSparseMLP…         SkipNormSparseSwiGLU…, and the SparseMatMul… that reads it
+    SkipNormSparseAttention…   SkipNormSparseMatMul… of query, key and value, GroupQueryAttention, and the SparseMatMul…
+                               that reads it
+
+Each is defined by a function of the operators it is made of, so whoever does not know it finds them inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from losa_export.graph.formats import DOMAIN, FORMATS, ValueFormat, format_of
+from losa_export.graph import attention
+from losa_export.graph.formats import DOMAIN, DOMAIN_VERSION, FORMATS, ValueFormat, format_of
 from losa_export.graph.nodes import NodeList
 from losa_export.graph.stacking import METADATA_KEY
+
+# What attention reads when query, key and value are one product: all its inputs behind these three.
+_CACHE_INPUTS = attention.INPUTS[3:]
 
 
 @dataclass(frozen=True)
 class Product:
-    """A product inside an operator: what it would be alone, and what the names of its weight begin with there.
+    """A product inside an operator.
 
     Attributes:
-        op_type: an operator of the format.
-        prefix: of the weight's inputs and attributes, and behind a dot of the key of its parts.
-        value_format: that the operator belongs to.
+        op_type: what it would be alone, of the same format.
+        prefix: what names of its weight's inputs and attributes begin with; and, behind a dot, the key of its parts ends.
+        value_format: of its weight.
     """
 
     op_type: str
@@ -32,12 +39,12 @@ class Product:
 
     @property
     def tensors(self) -> Mapping[str, str]:
-        """Names of the weight's tensors → those of the whole operator's inputs, in order."""
+        """Names of the weight's tensors → those of the operator's inputs, in order."""
         return {name: self.prefix + name for name in self.value_format.tensor_names(self.op_type)}
 
     @property
     def attributes(self) -> Mapping[str, str]:
-        """Names of the weight's attributes → those of the whole operator."""
+        """Names of the weight's integer attributes → those of the operator's."""
         return {name: self.prefix + name for name in self.value_format.attribute_names(self.op_type)}
 
     @property
@@ -47,25 +54,30 @@ class Product:
 
 
 def products_of(op_type: str) -> tuple[Product, ...]:
-    """The products inside an operator of our domain, in order; none if it is not known, or has no weight."""
+    """The products inside an operator of our domain, in order; none if it has no weight, or is not known."""
     value_format = format_of(op_type)
     if value_format is not None:
         return (Product(op_type, "", value_format),)
-    mlp = _MLPS.get(op_type)
-    return (mlp.gate_up, mlp.down) if mlp is not None else ()
+    composed = _COMPOSED.get(op_type)
+    return (composed.first, composed.last) if composed is not None else ()
 
 
 def input_names(op_type: str) -> tuple[str, ...]:
-    """Names of all inputs of an operator that `products_of` knows, in order."""
+    """Names of all inputs of an operator that has products, in order."""
     first, *others = products_of(op_type)
-    before = first.value_format.input_names(first.op_type)
-    return (*before, *first.tensors.values(), *(name for other in others for name in other.tensors.values()))
+    composed = _COMPOSED.get(op_type)
+    return (
+        *first.value_format.input_names(first.op_type),
+        *first.tensors.values(),
+        *(composed.between if composed is not None else ()),
+        *(name for other in others for name in other.tensors.values()),
+    )
 
 
 def composed_function(op_type: str, opset_version: int) -> ir.Function | None:
     """The definition of an operator of this module, by others of our domain; None if it is none of them."""
-    mlp = _MLPS.get(op_type)
-    return mlp.function(opset_version) if mlp is not None else None
+    composed = _COMPOSED.get(op_type)
+    return composed.function(opset_version) if composed is not None else None
 
 
 def compose(graph: ir.Graph) -> int:
@@ -73,69 +85,117 @@ def compose(graph: ir.Graph) -> int:
 
     Returns: how many were made.
     """
-    made = 0
-    for node in list(graph):
-        for mlp in _MLPS.values():
-            made += mlp.take(graph, node)
+    made = sum(composed.take(graph, node) for node in list(graph) for composed in _COMPOSED.values())
     if made:
-        graph.sort()  # a reader of the sum may have stood between the two
+        graph.sort()  # a reader of the sum may have stood before the last of them
     return made
 
 
 @dataclass(frozen=True)
-class _MLP:
-    """Norm, gate and up, and down, all of one format."""
+class _Composed:
+    """An operator of two products, the second of which reads what comes of the first.
 
-    value_format: ValueFormat
+    Attributes:
+        op_type: its name.
+        first: adds and norms before it multiplies.
+        last: the product at the end.
+        between: attention's further inputs, where it stands between the two; else none.
+    """
 
-    @property
-    def op_type(self) -> str:
-        return f"SkipNormSparseMLP{self.value_format.name.capitalize()}"
+    op_type: str
+    first: Product
+    last: Product
+    between: tuple[str, ...] = ()
 
-    @property
-    def gate_up(self) -> Product:
-        normed = self.value_format.normed_op(self.value_format.swiglu_op)
-        assert normed is not None
-        return Product(normed, "", self.value_format)
-
-    @property
-    def down(self) -> Product:
-        return Product(self.value_format.sparse_op, "down_", self.value_format)
-
-    def take(self, graph: ir.Graph, down: ir.Node) -> bool:
-        gate_up = _only_source(down.inputs[0]) if _is(down, self.down) else None
-        if gate_up is None or not _is(gate_up, self.gate_up):
+    def take(self, graph: ir.Graph, last: ir.Node) -> bool:
+        """Replace `last` and the nodes before it by one, if they are what this operator is made of."""
+        if not _is(last, self.last.op_type):
             return False
-        node = ir.Node(
-            DOMAIN,
-            self.op_type,
-            [*gate_up.inputs, *down.inputs[1:]],
-            [*gate_up.attributes.values(), *_prefixed(down, self.down)],
-            outputs=[ir.Value(name=down.outputs[0].name), ir.Value(name=gate_up.outputs[1].name)],
-            name=gate_up.name,
-        )
-        node.metadata_props[self.gate_up.metadata_key] = gate_up.metadata_props[METADATA_KEY]
-        node.metadata_props[self.down.metadata_key] = down.metadata_props[METADATA_KEY]
-        _replace(graph, (gate_up, down), node, (down.outputs[0], gate_up.outputs[1]))
+        before = _only_source(last.inputs[0])
+        middle = before if self.between and before is not None and _is(before, attention.ATTENTION_OP) else None
+        if self.between:
+            first = _only_source(middle.inputs[0]) if middle is not None and not any(middle.inputs[1:3]) else None
+        else:
+            first = before
+        if first is None or not _is(first, self.first.op_type):
+            return False
+        inputs, results = list(first.inputs), [last.outputs[0], first.outputs[1]]
+        attributes = list(first.attributes.values())
+        if middle is not None:
+            given = middle.inputs[3:]
+            inputs += [*given, *[None] * (len(self.between) - len(given))]
+            results += middle.outputs[1:]
+            attributes += middle.attributes.values()
+        inputs += last.inputs[1:]
+        attributes += [ir.Attr(self.last.prefix + one.name, one.type, one.value) for one in last.attributes.values()]
+        outputs = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in results]
+        node = ir.Node(DOMAIN, self.op_type, inputs, attributes, outputs=outputs, name=first.name)
+        node.metadata_props[self.first.metadata_key] = first.metadata_props[METADATA_KEY]
+        node.metadata_props[self.last.metadata_key] = last.metadata_props[METADATA_KEY]
+        graph.insert_before(last, node)
+        for old, new in zip(results, outputs, strict=True):
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+        graph.remove([last, *([middle] if middle is not None else []), first], safe=True)
         return True
 
     def function(self, opset_version: int) -> ir.Function:
+        """The operator's definition."""
         nodes, inputs = NodeList(), {name: ir.val(name) for name in input_names(self.op_type)}
-        before = [inputs[name] for name in self.value_format.input_names(self.gate_up.op_type)]
-        hidden, total = _add(nodes, self.gate_up, before, inputs, ["hidden", "sum"])
-        [y] = _add(nodes, self.down, [hidden], inputs, ["Y"])
-        imports = {"": opset_version, DOMAIN: 1}
-        graph = ir.Graph(list(inputs.values()), [y, total], nodes=nodes.nodes, opset_imports=imports)
-        attributes = [ir.Attr(name, ir.AttributeType.INT, None) for one in (self.gate_up, self.down) for name in one.attributes.values()]
-        attributes.append(ir.Attr("epsilon", ir.AttributeType.FLOAT, None))
-        return ir.Function(DOMAIN, self.op_type, graph=graph, attributes=attributes)
+        before = [inputs[name] for name in self.first.value_format.input_names(self.first.op_type)]
+        inner, total = self._product(nodes, self.first, before, inputs, ["inner", "sum"])
+        attributes = dict.fromkeys(self.first.attributes.values(), ir.AttributeType.INT)
+        attributes["epsilon"] = ir.AttributeType.FLOAT
+        _refer(nodes, {"epsilon": ir.AttributeType.FLOAT})
+        presents: Sequence[ir.Value] = ()
+        if self.between:
+            read = [inner, None, None, *(inputs[name] for name in self.between)]
+            inner, *presents = nodes.add_many(
+                attention.ATTENTION_OP, read, ["attended", *attention.OUTPUTS[1:]], domain=DOMAIN
+            )
+            _refer(nodes, attention.ATTRIBUTES)
+            attributes |= attention.ATTRIBUTES
+        [y] = self._product(nodes, self.last, [inner], inputs, ["Y"])
+        attributes |= dict.fromkeys(self.last.attributes.values(), ir.AttributeType.INT)
+        imports = {"": opset_version, DOMAIN: DOMAIN_VERSION}
+        graph = ir.Graph(list(inputs.values()), [y, total, *presents], nodes=nodes.nodes, opset_imports=imports)
+        declared = [ir.Attr(name, kind, None) for name, kind in attributes.items()]
+        return ir.Function(DOMAIN, self.op_type, graph=graph, attributes=declared)
+
+    @staticmethod
+    def _product(
+        nodes: NodeList,
+        product: Product,
+        before: Sequence[ir.Value],
+        inputs: Mapping[str, ir.Value],
+        outputs: Sequence[str | None],
+    ) -> list[ir.Value]:
+        """Append a product inside the function, its weight and attributes among those of the whole."""
+        tensors = [inputs[name] for name in product.tensors.values()]
+        made = nodes.add_many(product.op_type, [*before, *tensors], outputs, domain=DOMAIN)
+        for name, outer in product.attributes.items():
+            nodes.nodes[-1].attributes.add(ir.RefAttr(name, outer, ir.AttributeType.INT))
+        return made
 
 
-_MLPS = {mlp.op_type: mlp for mlp in map(_MLP, FORMATS.values())}
+def _composed_of(value_format: ValueFormat) -> list[_Composed]:
+    def normed(op_type: str) -> Product:
+        return Product(str(value_format.normed_op(op_type)), "", value_format)
+
+    def last(prefix: str) -> Product:
+        return Product(value_format.sparse_op, prefix, value_format)
+
+    ending = value_format.name.capitalize()
+    return [
+        _Composed(f"SkipNormSparseMLP{ending}", normed(value_format.swiglu_op), last("down_")),
+        _Composed(f"SkipNormSparseAttention{ending}", normed(value_format.sparse_op), last("out_"), _CACHE_INPUTS),
+    ]
 
 
-def _is(node: ir.Node, product: Product) -> bool:
-    return node.domain == DOMAIN and node.op_type == product.op_type
+_COMPOSED = {one.op_type: one for value_format in FORMATS.values() for one in _composed_of(value_format)}
+
+
+def _is(node: ir.Node, op_type: str) -> bool:
+    return (node.domain, node.op_type) == (DOMAIN, op_type)
 
 
 def _only_source(x: ir.Value | None) -> ir.Node | None:
@@ -143,29 +203,7 @@ def _only_source(x: ir.Value | None) -> ir.Node | None:
     return None if x is None or len(x.uses()) != 1 or x.is_graph_output() else x.producer()
 
 
-def _prefixed(node: ir.Node, product: Product) -> Iterator[ir.Attr]:
-    for attribute in node.attributes.values():
-        yield ir.Attr(product.prefix + attribute.name, attribute.type, attribute.value)
-
-
-def _replace(graph: ir.Graph, old: tuple[ir.Node, ...], node: ir.Node, results: tuple[ir.Value, ...]) -> None:
-    """Put `node` in the place of some others, the last of which stays; its outputs are theirs in order."""
-    graph.insert_before(old[-1], node)
-    for new, value in zip(node.outputs, results, strict=True):
-        new.type, new.shape = value.type, value.shape
-        value.replace_all_uses_with(new, replace_graph_outputs=True)
-    graph.remove(reversed(old), safe=True)
-
-
-def _add(
-    nodes: NodeList, product: Product, before: list[ir.Value], inputs: Mapping[str, ir.Value], outputs: list[str | None]
-) -> list[ir.Value]:
-    """Append a product inside a function, on its weight and attributes among those of the whole."""
-    tensors = [inputs[name] for name in product.tensors.values()]
-    made = nodes.add_many(product.op_type, [*before, *tensors], outputs, domain=DOMAIN)
-    attributes = nodes.nodes[-1].attributes
-    for name, outer in product.attributes.items():
-        attributes.add(ir.RefAttr(name, outer, ir.AttributeType.INT))
-    if len(before) > 1:
-        attributes.add(ir.RefAttr("epsilon", "epsilon", ir.AttributeType.FLOAT))
-    return made
+def _refer(nodes: NodeList, attributes: Mapping[str, ir.AttributeType]) -> None:
+    """Give the last node attributes that are the whole's, of the same names."""
+    for name, kind in attributes.items():
+        nodes.nodes[-1].attributes.add(ir.RefAttr(name, name, kind))

@@ -6,6 +6,7 @@
 //   SkipNorm...    the first three on the RMS norm of X + skip (norm.h); the sum is a second result
 //   SkipNormSparseMLP   SkipNormSparseSwiGLU and the SparseMatMul that follows it
 // Beside them ort_attention.cpp has attention.
+#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -38,6 +39,7 @@ struct Kernel {
   const KernelRow* row;
   Kind kind;
   std::vector<Weight> weights;
+  std::vector<std::shared_ptr<char>> memory;  // of the weights, where it is not the session's
   ort::Norm norm;
   std::string where;  // operator and node, for messages
 
@@ -50,9 +52,11 @@ Status* create(const Op& op, const Calls& calls, const ort::KernelInfo* info, vo
   const KernelRow* row = nullptr;
   if (Status* status = ort::choose_row(calls, &row)) return status;
   std::vector<Weight> weights;
+  std::vector<std::shared_ptr<char>> memory(op.weights.size());
   for (const ort::WeightPlace& place : op.weights) {
     Weight weight{};
-    if (Status* status = read_weight(calls, info, where, op.inputs, place, &weight)) return status;
+    if (Status* status = read_weight(calls, info, where, op.inputs, place, &weight, &memory[weights.size()]))
+      return status;
     if (!weights.empty() && weight.columns != weights.back().outputs)
       return format_error(calls, where, place.prefix + "K is " + std::to_string(weight.columns) + ", not N = " +
                                             std::to_string(weights.back().outputs));
@@ -61,7 +65,7 @@ Status* create(const Op& op, const Calls& calls, const ort::KernelInfo* info, vo
   ort::Norm norm;
   if (op.normed)
     if (Status* status = norm.read(calls, info, where, op.inputs, weights.front().columns)) return status;
-  *result = new Kernel{calls, row, op.kind, std::move(weights), std::move(norm), where};
+  *result = new Kernel{calls, row, op.kind, std::move(weights), std::move(memory), std::move(norm), where};
   return nullptr;
 }
 
@@ -161,7 +165,7 @@ Op make_op(const ort::Api* api, const char* name, Kind kind, bool normed, ValueT
   }
   const bool gated = kind == Kind::kSparseSwiGLU || kind == Kind::kSparseMLP;
   const bool dense = kind == Kind::kDenseMatMul || kind == Kind::kEmbedding;
-  op.weights.push_back({"", type, gated, dense});
+  op.weights.push_back({"", type, gated, dense, kind == Kind::kEmbedding});
   if (kind == Kind::kSparseMLP) op.weights.push_back({"down_", type, false, false});
   for (ort::WeightPlace& place : op.weights) add_weight(&place, &op.inputs);
   say_what_is_common(&op);
@@ -217,15 +221,13 @@ Status* shared_domain(const ort::Api* api, ort::CustomOpDomain** domain) {
   if (made == nullptr) {
     ort::CustomOpDomain* fresh = nullptr;
     if (Status* status = calls.create_domain("losa.sparse", &fresh)) return status;
-    for (const Op& op : ops) {
-      if (Status* status = calls.add_op(fresh, &op)) {
+    std::vector<const ort::CustomOp*> all = ort::attention_ops(api);
+    for (const Op& op : ops) all.push_back(&op);
+    for (const ort::CustomOp* op : all) {
+      if (Status* status = calls.add_op(fresh, op)) {
         calls.release(fresh);
         return status;
       }
-    }
-    if (Status* status = calls.add_op(fresh, ort::attention_op(api))) {
-      calls.release(fresh);
-      return status;
     }
     made = fresh;
   }

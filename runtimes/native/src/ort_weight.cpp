@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "losa/large_pages.h"
+
 namespace losa::ort {
 namespace {
 
@@ -49,6 +51,25 @@ Status* constant(const Calls& calls, const KernelInfo* info, const std::string& 
   return nullptr;
 }
 
+/// Moves what `parts` refers to into large pages, which live as long as the result; null if it stays where it is.
+std::shared_ptr<char> in_large_pages(WeightParts* parts) {
+  constexpr size_t kAlignment = 64;
+  Bytes* const all[] = {&parts->masks, &parts->values, &parts->block_offsets, &parts->scales, &parts->codebook};
+  size_t size = 0;
+  for (const Bytes* bytes : all) size += (bytes->size + kAlignment - 1) / kAlignment * kAlignment;
+  std::shared_ptr<char> memory = large_memory(size);
+  if (memory == nullptr) return nullptr;
+  char* to = memory.get();
+  for (Bytes* bytes : all) {
+    if (bytes->size == 0) continue;
+    std::memcpy(to, bytes->data, bytes->size);
+    leave_to_file(bytes->data, bytes->size);
+    bytes->data = to;
+    to += (bytes->size + kAlignment - 1) / kAlignment * kAlignment;
+  }
+  return memory;
+}
+
 }  // namespace
 
 void add_weight(WeightPlace* place, std::vector<Input>* inputs) {
@@ -58,7 +79,8 @@ void add_weight(WeightPlace* place, std::vector<Input>* inputs) {
 }
 
 Status* read_weight(const Calls& calls, const KernelInfo* info, const std::string& where,
-                    const std::vector<Input>& inputs, const WeightPlace& place, Weight* weight) {
+                    const std::vector<Input>& inputs, const WeightPlace& place, Weight* weight,
+                    std::shared_ptr<char>* memory) {
   WeightParts parts{};
   parts.type = static_cast<int32_t>(place.type);
   parts.gated = place.gated;
@@ -83,6 +105,7 @@ Status* read_weight(const Calls& calls, const KernelInfo* info, const std::strin
       return status;
     ++index;
   }
+  if (!place.by_row) *memory = in_large_pages(&parts);
   std::string error;
   if (validate(parts, weight, &error)) return nullptr;
   return format_error(calls, where, place.prefix.empty() ? error : "'" + place.prefix + "…': " + error);

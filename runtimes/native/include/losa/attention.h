@@ -10,11 +10,13 @@
 // A token's result does not depend on what it shares a call with, to the bit: neither on other rows, nor on how many
 // tokens its row gets at once, nor on threads.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <string>
 
 #include "losa/kernel_table.h"
 #include "losa/parallel.h"
+#include "losa/stages.h"
 
 namespace losa {
 
@@ -53,8 +55,48 @@ struct Attention {
 /// What `attend` relies on, but for the sizes of arrays. False: `error` says what is wrong.
 bool check(const Attention& attention, std::string* error);
 
-/// Writes keys and values of the new tokens into the present, and their output. Where the present is not the past's own
-/// memory, the past is copied first. Returns false if memory ran out; results are then unspecified.
+/// Attention as stages: they write keys and values of the new tokens into the present, and their output. Where the present
+/// is not the past's own memory, the past is copied first. This and what it was made of must live until they have run;
+/// nothing that `attention` points to is read before, but `last` and `positions`.
+class AttentionStages {
+ public:
+  AttentionStages(const KernelRow& row, const Attention& attention);
+  /// False: there is no memory.
+  bool reserve();
+  /// `alone`: they are all that the threads would be called for, which so little work as one token's may not be worth.
+  void add_to(Stages* stages, bool alone);
+  /// Whether memory sufficed while they ran; results are unspecified otherwise.
+  bool had_memory() const { return !out_of_memory_; }
+
+ private:
+  struct Tile;
+  struct Part;
+
+  int64_t heads() const { return a_.batch * a_.kv_heads; }
+  int64_t group() const { return a_.heads / a_.kv_heads; }
+  Tile tile(int64_t head, int64_t index) const;
+  int64_t parts(const Tile& tile) const;
+  Part shared_part(int64_t head, int64_t index) const;
+
+  void store_keys(int64_t head) const;
+  float* open(const Tile& tile, HeadQueries* q);
+  void attend_part(const Tile& tile, int64_t index, HeadQueries q, const Part& to, bool fetched) const;
+  void attend_tile(const Tile& tile, bool fetched);
+  void attend_all();
+  void attend_shared_part(int64_t head, int64_t index);
+  void merge_shared_parts(int64_t head) const;
+  void finish(const Tile& tile, const Part& whole) const;
+
+  const KernelRow& row_;
+  const Attention& a_;
+  int64_t tile_tokens_, tiles_;
+  int64_t most_keys_ = 0, most_parts_;  // of any row
+  bool shares_parts_;                   // parts of the keys are tasks of their own
+  float* shared_parts_ = nullptr;       // [head][part]
+  std::atomic<bool> out_of_memory_{false};
+};
+
+/// All stages of attention at once. Returns false if memory ran out; results are then unspecified.
 bool attend(const KernelRow& row, const Attention& attention, const Parallel& parallel) noexcept;
 
 }  // namespace losa

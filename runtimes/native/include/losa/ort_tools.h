@@ -144,7 +144,7 @@ inline void say_what_is_common(CustomOp* op) {
   op->GetEndVersion = [](const CustomOp*) { return 0x7fffffff; };
 }
 
-/// The operator GroupQueryAttention (ort_attention.cpp); lives as long as the library.
-const CustomOp* attention_op(const Api* api);
+/// The operators of ort_attention.cpp; they live as long as the library.
+std::vector<const CustomOp*> attention_ops(const Api* api);
 
 }  // namespace losa::ort

@@ -1,5 +1,6 @@
 // Weights and norms among the inputs and attributes of an operator.
 #pragma once
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -21,14 +22,16 @@ struct WeightPlace {
   std::string prefix;
   ValueType type;
   bool gated, dense;
-  size_t first = 0;  // of its inputs
+  bool by_row = false;  // only some rows of it are read at a time
+  size_t first = 0;     // of its inputs
 };
 
 /// Appends a weight's inputs, and says in `place` where they stand.
 void add_weight(WeightPlace* place, std::vector<Input>* inputs);
-/// Reads and validates a weight; it lives as long as the session.
+/// Reads and validates a weight; it lives as long as the session and `memory`, in which it may lie.
 Status* read_weight(const Calls& calls, const KernelInfo* info, const std::string& where,
-                    const std::vector<Input>& inputs, const WeightPlace& place, Weight* weight);
+                    const std::vector<Input>& inputs, const WeightPlace& place, Weight* weight,
+                    std::shared_ptr<char>* memory);
 
 /// The sum and norm with which an operator begins: inputs X, skip and gamma, attribute epsilon, second output sum.
 struct Norm {
