@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnxruntime as ort
 from numpy.typing import NDArray
 
@@ -35,6 +36,7 @@ PACK_TOKENS = 192
 # Beyond this the mask, of tokens times tokens, is larger than what it saves.
 LONGEST_TREE = 2048
 _FATAL = 4  # log severity, as of the session that the runtime itself has
+_COMPOSED = "SparseAttention"  # in the names of operators that hold attention and the products around it
 _ATTENTION, _CONTRIB, _WINDOW, _BIAS_INPUT = "GroupQueryAttention", "com.microsoft", "local_window_size", 10
 # Added to scores of tokens that are not seen. Not -inf, of which a fused softmax may make NaN.
 _UNSEEN = np.float32(-1e30)
@@ -206,7 +208,7 @@ def scoring_graph(path: Path) -> tuple[bytes, int] | None:
 
     Returns: the model, and over how many tokens its attention reaches; None if the graph is not of that kind.
     """
-    model = onnx.load(str(path), load_external_data=False)
+    model = _attention_apart(onnx.load(str(path), load_external_data=False))
     graph = model.graph
     attention = [node for node in graph.node if node.op_type == _ATTENTION]
     heads = [place for place, node in enumerate(graph.node) if "logits" in node.output]
@@ -235,6 +237,14 @@ def scoring_graph(path: Path) -> tuple[bytes, int] | None:
     logits.type.tensor_type.shape.dim[1].dim_param = "places"
     windows = [attribute.i for node in attention for attribute in node.attribute if attribute.name == _WINDOW]
     return model.SerializeToString(), min((window for window in windows if window > 0), default=LONGEST_TREE)
+
+
+def _attention_apart(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with nodes of its own for attention that is part of others."""
+    composed = {node.op_type for node in model.graph.node if _COMPOSED in node.op_type}
+    if not composed:
+        return model
+    return onnx.inliner.inline_selected_functions(model, [("losa.sparse", op_type) for op_type in composed])
 
 
 def _size(item: Sequence[Choice]) -> int:

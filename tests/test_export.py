@@ -35,6 +35,7 @@ from losa_export.errors import (
 from losa_export.export import ExportConfig, export_onnx
 from losa_export.export_gate import StoredTypes
 from losa_export.files import sha256_of
+from losa_export.graph.composed import input_names, products_of
 from losa_export.graph.external import ExternalDataWriter, check_external_data
 from losa_export.graph.formats import FORMATS, EncodedWeight, int8
 from losa_export.graph.stacking import parse, parts_of
@@ -151,17 +152,19 @@ def test_the_written_weights_decode_to_the_checkpoint_bit_for_bit(sparse: Path, 
     export_onnx(quick(sparse, tmp_path / "onnx"))
     opened, masks, source = check_external_data(tmp_path / "onnx"), load_masks_of(sparse), open_checkpoint(sparse)
     nodes = [node for node in opened.proto.graph.node if node.domain == "losa.sparse" and node.metadata_props]
+    products = [(node, product) for node in nodes for product in products_of(node.op_type)]
     seen = []
-    for node in nodes:
-        product = FORMATS["fp32"].product_of(node.op_type)
-        names = FORMATS["fp32"].tensor_names(product)
-        tensors = {short: opened.read(name) for short, name in zip(names, node.input[-len(names) :], strict=True)}
-        attributes = {attribute.name: attribute.i for attribute in node.attribute}
-        swiglu = product == FORMATS["fp32"].swiglu_op
+    for node, product in products:
+        inputs = dict(zip(input_names(node.op_type), node.input, strict=True))
+        tensors = {short: opened.read(inputs[name]) for short, name in product.tensors.items()}
+        numbers = {attribute.name: attribute.i for attribute in node.attribute}
+        attributes = {short: numbers[name] for short, name in product.attributes.items()}
+        swiglu = product.op_type.endswith(FORMATS["fp32"].swiglu_op)
         if swiglu:
             attributes["N"] = 16 * tensors["mask"].shape[0]
         weight, keep = FORMATS["fp32"].decode(EncodedWeight(tensors, attributes))
-        parts = parse(node.metadata_props[0].value, node.name)
+        metadata = {entry.key: entry.value for entry in node.metadata_props}
+        parts = parse(metadata[product.metadata_key], node.name)
         rows = [part.rows for part in parts]
         weights, keeps = (parts_of(stored, rows, interleaved=swiglu) for stored in (weight, keep))
         for part, one_weight, one_keep in zip(parts, weights, keeps, strict=True):
@@ -169,7 +172,9 @@ def test_the_written_weights_decode_to_the_checkpoint_bit_for_bit(sparse: Path, 
             assert np.array_equal(one_keep, masks[part.name])
             assert np.count_nonzero(one_weight) < np.count_nonzero(one_keep)  # the kept zeros are there
             seen.append(part.name)
-    assert len(nodes) == 8  # of each layer: query, key and value together; output; gate and up together; down
+    # Of two layers: query, key and value together, output, gate and up together, down. In one node each for attention and
+    # the MLP, but for the first attention, whose norm has nothing to add.
+    assert (len(products), len(nodes)) == (8, 5)
     assert sorted(seen) == sorted(masks)
 
 
@@ -452,10 +457,15 @@ def test_head_and_embedding_of_different_types_are_two_tables(
 def test_activations_are_an_attribute_of_each_product(sparse: Path, tmp_path: Path) -> None:
     export_onnx(quick(sparse, tmp_path / "onnx", values="int4", activations="int8"))
     nodes = [node for node in check_external_data(tmp_path / "onnx").proto.graph.node if node.domain == "losa.sparse"]
-    bits = {node.op_type: [item.i for item in node.attribute if item.name == "activation_bits"] for node in nodes}
-    products = ("SparseMatMulInt4", "SkipNormSparseMatMulInt4", "SkipNormSparseSwiGLUInt4")
-    others = {"SkipNormDenseMatMulInt8": [16], "EmbeddingInt8": [], "GroupQueryAttention": []}
-    assert bits == {**{one: [8] for one in products}, **others}
+    bits = {node.op_type: [item.i for item in node.attribute if "activation_bits" in item.name] for node in nodes}
+    assert bits == {
+        "SparseMatMulInt4": [8],
+        "SkipNormSparseAttentionInt4": [8, 8],
+        "SkipNormSparseMLPInt4": [8, 8],
+        "SkipNormDenseMatMulInt8": [16],
+        "EmbeddingInt8": [],
+        "GroupQueryAttention": [],
+    }
 
 
 @pytest.mark.parametrize(

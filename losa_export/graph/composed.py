@@ -129,7 +129,8 @@ class _Composed:
         inputs += last.inputs[1:]
         attributes += [ir.Attr(self.last.prefix + one.name, one.type, one.value) for one in last.attributes.values()]
         outputs = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in results]
-        node = ir.Node(DOMAIN, self.op_type, inputs, attributes, outputs=outputs, name=first.name)
+        name = str(first.name).replace(self.first.value_format.product_of(self.first.op_type), self.op_type)
+        node = ir.Node(DOMAIN, self.op_type, inputs, attributes, outputs=outputs, name=name)
         node.metadata_props[self.first.metadata_key] = first.metadata_props[METADATA_KEY]
         node.metadata_props[self.last.metadata_key] = last.metadata_props[METADATA_KEY]
         graph.insert_before(last, node)

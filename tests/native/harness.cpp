@@ -97,6 +97,7 @@ int main(int count, char** arguments) {
     test::check_gathering();
     test::check_norms(rows);
     test::check_attention(rows);
+    test::check_chains(rows);
     test::check_sizes();
     test::check_products(rows, quick, number(0, 0), number(1, 1));
   }

@@ -33,6 +33,7 @@ void check_rounding(const Rows& rows);
 void check_gathering();
 void check_norms(const Rows& rows);
 void check_attention(const Rows& rows);
+void check_chains(const Rows& rows);
 
 /// Each part of each kind of weight, cut to every length.
 void check_sizes();

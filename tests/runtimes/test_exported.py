@@ -164,5 +164,5 @@ def test_a_corrupted_sparse_weight_is_refused_at_load(pruned: Path, kernels: Pat
     with stored.path.open("r+b") as file:
         file.seek(stored.offset)
         file.write(b"\xff" * stored.length)
-    with pytest.raises(FormatError, match=r"cannot load '.*model.onnx': SparseMatMulFp32 .*; export the model again"):
+    with pytest.raises(FormatError, match=r"cannot load '.*model.onnx': SkipNormSparseMLPFp32 .*; export the model again"):
         load_runtime("ort", folder, threads=1)

@@ -20,7 +20,8 @@ NATIVE = ROOT / "runtimes" / "native"
 TESTS = ROOT / "tests" / "native"
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{NATIVE / 'include'}"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-SOURCES = [NATIVE / "src" / f"{name}.cpp" for name in ("attention", "dispatch", "matmul", "norm", "scalar", "validate")]
+PARTS = ("attention", "dispatch", "large_pages", "matmul", "norm", "scalar", "stages", "validate")
+SOURCES = [NATIVE / "src" / f"{name}.cpp" for name in PARTS]
 X86_FLAGS = {  # of the files whose names start so: as in CMakeLists.txt, but AVX-512 is emulated
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi", "-mbmi2", "-fno-trapping-math"],
     "avx512": [f"-I{TESTS / 'emulated'}", "-O0"],  # optimised, its loops would take minutes to compile
@@ -111,3 +112,17 @@ def test_a_broken_weight_is_refused_or_run_rightly(
     accepted, cases = map(int, counts.groups())
     assert cases == FUZZ_CASES // 2
     assert cases / 5 < accepted < cases / 2, "the mutations no longer try both sides of validation"
+
+
+def test_stages_keep_threads_out_of_each_others_way(tmp_path: Path) -> None:
+    cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if cxx is None:
+        pytest.skip("no C++ compiler (CXX, g++ or c++)")
+    program, flags = tmp_path / "threads", [*FLAGS, "-fsanitize=thread", *(["-DLOSA_X86"] if X86 else [])]
+    (tmp_path / "probe.cpp").write_text("int main() { return 0; }\n")
+    probe = run(cxx, *flags, tmp_path / "probe.cpp", "-o", tmp_path / "probe")
+    if probe.returncode or run(tmp_path / "probe").returncode:
+        pytest.skip(f"{cxx} has no working ThreadSanitizer")
+    built = run(cxx, *flags, TESTS / "threads" / "main.cpp", NATIVE / "src" / "stages.cpp", "-pthread", "-o", program)
+    assert built.returncode == 0, built.stderr
+    assert_clean(run(program))

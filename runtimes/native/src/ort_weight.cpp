@@ -108,7 +108,9 @@ Status* read_weight(const Calls& calls, const KernelInfo* info, const std::strin
   if (!place.by_row) *memory = in_large_pages(&parts);
   std::string error;
   if (validate(parts, weight, &error)) return nullptr;
-  return format_error(calls, where, place.prefix.empty() ? error : "'" + place.prefix + "…': " + error);
+  // Of several weights, which one: "down_" becomes "down".
+  const std::string which = place.prefix.substr(0, place.prefix.find('_'));
+  return format_error(calls, where, which.empty() ? error : "weight '" + which + "': " + error);
 }
 
 Status* Norm::read(const Calls& calls, const KernelInfo* info, const std::string& where,
