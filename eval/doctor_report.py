@@ -161,7 +161,7 @@ def doctor_lines(document: Mapping[str, Any]) -> list[str]:
     return [
         f"Processor: {machine['cpu_model']}, {machine['physical_cores']} cores{f', {caches}' if caches else ''}",
         f"Kernels: {kernel['row']} (this CPU runs {', '.join(kernel['available_rows'])}), version {kernel['version']}",
-        f"Memory: {bandwidth}",
+        f"Memory: {bandwidth}{', in large pages' if kernel.get('large_pages') else ''}",
     ]
 
 

@@ -43,6 +43,8 @@ class KernelInfo:
         compiled_rows: rows in the library, best first.
         version: of the library.
         library: the file.
+        large_pages: whether sessions copy weights into pages of 2 MiB; not where the system has none, or
+            LOSA_LARGE_PAGES is 0.
     """
 
     row: str
@@ -50,6 +52,7 @@ class KernelInfo:
     compiled_rows: tuple[str, ...]
     version: str
     library: Path
+    large_pages: bool = False
 
 
 ValueType = Literal["fp32", "bf16", "int8", "int4"]
@@ -129,6 +132,7 @@ def describe() -> KernelInfo:
     return KernelInfo(
         row=facts["row"],
         available_rows=tuple(facts["available_rows"]),
+        large_pages=facts["large_pages"],
         compiled_rows=tuple(facts["compiled_rows"]),
         version=facts["version"],
         library=path,

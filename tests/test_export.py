@@ -172,8 +172,8 @@ def test_the_written_weights_decode_to_the_checkpoint_bit_for_bit(sparse: Path, 
             assert np.array_equal(one_keep, masks[part.name])
             assert np.count_nonzero(one_weight) < np.count_nonzero(one_keep)  # the kept zeros are there
             seen.append(part.name)
-    # Of two layers: query, key and value together, output, gate and up together, down. In one node each for attention and
-    # the MLP, but for the first attention, whose norm has nothing to add.
+    # Of two layers: query, key and value together, output, gate and up together, down. In one node each for attention
+    # and the MLP, but for the first attention, whose norm has nothing to add.
     assert (len(products), len(nodes)) == (8, 5)
     assert sorted(seen) == sorted(masks)
 

@@ -29,7 +29,7 @@ class Product:
 
     Attributes:
         op_type: what it would be alone, of the same format.
-        prefix: what names of its weight's inputs and attributes begin with; and, behind a dot, the key of its parts ends.
+        prefix: what names of its weight's inputs and attributes begin with.
         value_format: of its weight.
     """
 

@@ -15,7 +15,7 @@ from losa_export.graph.composed import input_names, products_of
 from losa_export.graph.external import ModelFolder
 from losa_export.graph.formats import DOMAIN, EncodedWeight, ValueFormat
 from losa_export.graph.formats.base import BLOCK_ROWS, unpack_mask
-from losa_export.graph.stacking import METADATA_KEY, Part, parse, parts_of
+from losa_export.graph.stacking import Part, parse, parts_of
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 

@@ -108,9 +108,7 @@ class Parts:
         return made
 
     def _attention(self, packed: ir.Value) -> list[ir.Value]:
-        cache = [
-            self._input(f"past_{name}", ["batch", KV_HEADS, "past", HEAD_DIM]) for name in ("key", "value")
-        ]
+        cache = [self._input(f"past_{name}", ["batch", KV_HEADS, "past", HEAD_DIM]) for name in ("key", "value")]
         cache += [
             self._input("seqlens_k", ["batch"], ir.DataType.INT32),
             self._input("total_sequence_length", [1], ir.DataType.INT32),

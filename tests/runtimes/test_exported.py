@@ -164,5 +164,21 @@ def test_a_corrupted_sparse_weight_is_refused_at_load(pruned: Path, kernels: Pat
     with stored.path.open("r+b") as file:
         file.seek(stored.offset)
         file.write(b"\xff" * stored.length)
-    with pytest.raises(FormatError, match=r"cannot load '.*model.onnx': SkipNormSparseMLPFp32 .*; export the model again"):
+    with pytest.raises(
+        FormatError, match=r"cannot load '.*model.onnx': SkipNormSparseMLPFp32 .*; export the model again"
+    ):
         load_runtime("ort", folder, threads=1)
+
+
+def test_weights_answer_alike_in_large_pages_and_in_the_file(
+    pruned: Path, kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_onnx(ExportConfig(pruned, tmp_path / "onnx", values="int8", gate=False, progress=False))
+    found = []
+    for setting in ("0", "1"):
+        monkeypatch.setenv("LOSA_LARGE_PAGES", setting)
+        runtime = load_runtime("ort", tmp_path / "onnx", threads=1)
+        state = runtime.new_state(1, 20)
+        found.append(runtime.prefill(state, 0, np.arange(5, 17)))
+        runtime.close()
+    np.testing.assert_array_equal(*found)

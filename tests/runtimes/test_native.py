@@ -227,6 +227,14 @@ def test_the_library_describes_itself(kernels: Path, monkeypatch: pytest.MonkeyP
     assert set(info.available_rows) <= set(info.compiled_rows)
 
 
+def test_large_pages_can_be_turned_off(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOSA_LARGE_PAGES", "0")
+    assert not native.describe().large_pages
+    monkeypatch.delenv("LOSA_LARGE_PAGES")
+    modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    assert native.describe().large_pages == (modes.is_file() and "[never]" not in modes.read_text())
+
+
 def test_an_unknown_row_is_an_error(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, weight = example(20, 12, 0.4)
     with pytest.raises(KernelError, match=r"no kernel row is called 'sse9'; this build has: .*scalar"):

@@ -8,6 +8,8 @@
 #include <thread>
 #include <vector>
 
+#include "losa/large_pages.h"
+
 namespace losa {
 namespace {
 
@@ -31,8 +33,12 @@ double read_bandwidth(size_t threads, size_t bytes_each, size_t repeats) {
   std::atomic<size_t> ready{0}, done{0};
   std::atomic<size_t> pass{0};
   std::atomic<uint64_t> sink{0};
-  std::vector<std::unique_ptr<uint64_t[]>> buffers;
-  for (size_t i = 0; i < threads; ++i) buffers.emplace_back(new uint64_t[count]);
+  // In large pages, as weights are where there are such.
+  std::vector<std::shared_ptr<void>> buffers;
+  for (size_t i = 0; i < threads; ++i) {
+    buffers.push_back(large_memory(count * sizeof(uint64_t)));
+    if (buffers.back() == nullptr) buffers.back().reset(new uint64_t[count], std::default_delete<uint64_t[]>());
+  }
   const auto work = [&](uint64_t* words) {
     std::memset(words, 1, count * sizeof(uint64_t));  // by the thread that reads: its memory is near it
     ++ready;
@@ -43,7 +49,7 @@ double read_bandwidth(size_t threads, size_t bytes_each, size_t repeats) {
     }
   };
   std::vector<std::thread> workers;
-  for (size_t i = 0; i < threads; ++i) workers.emplace_back(work, buffers[i].get());
+  for (size_t i = 0; i < threads; ++i) workers.emplace_back(work, static_cast<uint64_t*>(buffers[i].get()));
   while (ready.load() < threads) std::this_thread::yield();
   double best = 0;
   for (size_t next = 1; next <= repeats; ++next) {

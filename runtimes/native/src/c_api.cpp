@@ -8,6 +8,7 @@
 #include "losa/attention.h"
 #include "losa/bandwidth.h"
 #include "losa/export.h"
+#include "losa/large_pages.h"
 #include "losa/matmul.h"
 #include "losa/validate.h"
 
@@ -46,7 +47,8 @@ std::string description() {
   }
   return "{\"version\": " + quoted(LOSA_VERSION) + ", \"row\": " + (row ? quoted(row->name) : "null") +
          ", \"error\": " + (row ? "null" : quoted(error)) + ", \"compiled_rows\": [" + compiled +
-         "], \"available_rows\": [" + available + "]}";
+         "], \"available_rows\": [" + available +
+         "], \"large_pages\": " + (losa::large_pages_wanted() ? "true" : "false") + "}";
 }
 
 /// The row of that name; of null, LOSA_KERNEL's or the best.
