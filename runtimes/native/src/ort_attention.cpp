@@ -49,22 +49,24 @@ struct Op : ort::CustomOp {
 
 struct Kernel {
   Calls calls;
-  const KernelRow* row;
-  int64_t heads, kv_heads, window;
-  float scale;
-  bool rotates;
+  std::string where;  // operator and node, for messages
   size_t first_place, first_input;  // as in Op
+  const KernelRow* row = nullptr;
+  int64_t heads = 0, kv_heads = 0, window = -1;
+  float scale = 0;
+  bool rotates = false;
   std::vector<Weight> weights;
   std::vector<std::shared_ptr<char>> memory;  // of the weights, where it is not the session's
   ort::Norm norm;
-  std::string where;  // operator and node, for messages
 
+  Kernel(const Calls& calls, std::string where, const Op& op)
+      : calls(calls), where(std::move(where)), first_place(op.first_place), first_input(op.first_input) {}
   bool has_products() const { return !weights.empty(); }
 };
 
 Status* create(const Op& op, const Calls& calls, const ort::KernelInfo* info, void** result) {
   const std::string where = op.name + " node '" + node_name(calls, info) + "'";
-  Kernel kernel{calls, nullptr, 0, 0, -1, 0, false, op.first_place, op.first_input, {}, {}, {}, where};
+  Kernel kernel(calls, where, op);
   if (Status* status = attribute(calls, info, where, "num_heads", &kernel.heads)) return status;
   if (Status* status = attribute(calls, info, where, "kv_num_heads", &kernel.kv_heads)) return status;
   int64_t rotates = 0;
