@@ -16,6 +16,7 @@ import numpy as np
 from losa_export.errors import ConfigError, MissingDependencyError
 from losa_export.eval.doctor_report import RIVALS, DoctorReport, Payoff, Product, advise
 from losa_export.eval.kernel_bench import (
+    DEFAULT_VALUES,
     KernelBenchConfig,
     kernel_facts,
     last_cache_bytes,
@@ -73,7 +74,7 @@ class DoctorConfig:
     seconds: float = 20.0
     shape: str = "2048x2048"
     sparsities: tuple[float, ...] = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
-    values: tuple[str, ...] = native.VALUE_TYPES
+    values: tuple[str, ...] = DEFAULT_VALUES
     seed: int = 0
 
     def __post_init__(self) -> None:

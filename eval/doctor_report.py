@@ -252,6 +252,12 @@ def _gains(product: Product) -> bool:
     return product.against["dense int4"].low > 1
 
 
+def _stored(product: Product) -> str:
+    """What to ask `losa export` for."""
+    kind = value_kind(str(product.value))
+    return f"{kind.type} (8-bit activations)" if kind.activation_bits == 8 else kind.type
+
+
 def _sentence(group: Sequence[tuple[float, Product]]) -> str:
     first, last = group[0], group[-1]
     where = f"{first[0]:.0%}" if len(group) == 1 else f"{first[0]:.0%} to {last[0]:.0%}"
@@ -259,10 +265,8 @@ def _sentence(group: Sequence[tuple[float, Product]]) -> str:
     low, high = min(ratios), max(ratios)
     times = f"{low:.2f}x" if len(group) == 1 else f"{low:.2f}x to {high:.2f}x"
     if _gains(first[1]):
-        return f"at {where} zeros store {first[1].value}: {times} the speed of dense int4"
-    return (
-        f"at {where} zeros no speed-up over dense int4 is shown: {first[1].value}, the best, runs at {times} its speed"
-    )
+        return f"at {where} zeros store {_stored(first[1])}: {times} the speed of dense int4"
+    return f"at {where} zeros no speed-up over dense int4 is shown: {_stored(first[1])}, the best, runs at {times} its speed"
 
 
 def _sparsities(document: Mapping[str, Any]) -> list[float]:

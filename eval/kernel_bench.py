@@ -55,6 +55,10 @@ _MAPS_PER_COPY = 3
 _MANY_DISTURBED = 1 / 4
 
 
+# As files have them where the gate finds 8-bit activations to be enough.
+DEFAULT_VALUES = ("fp32", "bf16", "int8-a8", "int4-a8")
+
+
 @dataclass(frozen=True)
 class KernelBenchConfig:
     """What to multiply, on which engines, and how long to look. None takes the default, which `quick` lowers.
@@ -78,7 +82,7 @@ class KernelBenchConfig:
     shapes: tuple[str, ...] = ("llama2-7b",)
     sparsities: tuple[float, ...] | None = None
     tokens: tuple[int, ...] | None = None
-    values: tuple[str, ...] = native.VALUE_TYPES
+    values: tuple[str, ...] = DEFAULT_VALUES
     rows: tuple[str, ...] = ()
     peers: tuple[PeerName, ...] | None = None
     threads: int | None = None
@@ -196,6 +200,7 @@ def kernel_facts(kernel: native.KernelInfo) -> dict[str, Any]:
     return {
         "row": kernel.row,
         "available_rows": list(kernel.available_rows),
+        "large_pages": kernel.large_pages,
         "compiled_rows": list(kernel.compiled_rows),
         "version": kernel.version,
     }

@@ -151,9 +151,10 @@ def kernels_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--values",
         nargs="+",
-        default=("fp32", "bf16", "int8", "int4"),
+        default=("fp32", "bf16", "int8-a8", "int4-a8"),
         metavar="TYPE",
-        help="fp32, bf16, int8, int4; with -a8 for 8-bit activations, dense-… without a mask (default: the four)",
+        help="fp32, bf16, int8, int4; with -a8 for 8-bit activations, dense-… without a mask "
+        "(default: fp32 bf16 int8-a8 int4-a8)",
     )
     parser.add_argument(
         "--rows", nargs="+", default=(), metavar="ROW", help="kernel rows, or 'all' (default: the one in use)"

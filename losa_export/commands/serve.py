@@ -117,6 +117,7 @@ def _supervise(folder: Path, settings: ServeSettings, keys: tuple[str, ...]) -> 
     if settings.verify:
         check_files(folder)
     environment = {name: text for name, text in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
+    environment.setdefault("LOSA_LARGE_PAGES", "0")  # weights stay in the file, which the workers share
     # The supervisor has compared the hashes: a worker need not, and comes back faster.
     environment |= replace(settings, verify=False).as_environment()
     with bind(settings.host, settings.port) as listener:

@@ -19,6 +19,7 @@ from losa_export.errors import BenchmarkError, ConfigError, KernelError, Missing
 from losa_export.eval import doctor
 from losa_export.eval.doctor import DoctorConfig, run_doctor
 from losa_export.eval.doctor_report import Product, advise, payoff_rows, payoff_text, print_doctor, time_rows
+from losa_export.eval.kernel_bench import DEFAULT_VALUES
 from losa_export.eval.kernel_bench_roofline import (
     Crossing,
     Pays,
@@ -160,6 +161,8 @@ def test_the_most_exact_kind_within_a_twentieth_of_the_fastest_is_advised():
         [product("int8", 0.7, 104.0, 1.3), product("int4", 0.7, 100.0, 1.35), product("fp32", 0.7, 300.0, 0.5)]
     )
     assert found == ["at 70% zeros store int8: 1.30x the speed of dense int4"]
+    found = advise([product("int8-a8", 0.7, 100.0, 1.3)])
+    assert found == ["at 70% zeros store int8 (8-bit activations): 1.30x the speed of dense int4"]
     found = advise([product("int8", 0.7, 106.0, 1.3), product("int4", 0.7, 100.0, 1.35)])
     assert found == ["at 70% zeros store int4: 1.35x the speed of dense int4"]
 
@@ -249,11 +252,11 @@ def test_a_small_run_measures_each_kind_of_value_against_each_rival(quiet_memory
     assert (report.bandwidth_one, report.bandwidth_all) == (1e10, 2e10)
     assert quiet_memory[:2] == [1, 2]
     ours = [one for one in report.products if one.value]
-    assert {(one.value, one.sparsity) for one in ours} == {(v, s) for v in native.VALUE_TYPES for s in (0.5, 0.7, 0.9)}
+    assert {(one.value, one.sparsity) for one in ours} == {(v, s) for v in DEFAULT_VALUES for s in (0.5, 0.7, 0.9)}
     assert len(report.products) == len(ours) + 4
     assert all(set(one.against) == {"dense fp32", "dense int8", "dense int4"} for one in ours)
     assert {(one.value, one.rival) for one in report.payoffs} == {
-        (value, rival) for value in native.VALUE_TYPES for rival in ("dense fp32", "dense int8", "dense int4")
+        (value, rival) for value in DEFAULT_VALUES for rival in ("dense fp32", "dense int8", "dense int4")
     }
     assert report.advice
     path = tmp_path / "doctor.json"
@@ -261,8 +264,8 @@ def test_a_small_run_measures_each_kind_of_value_against_each_rival(quiet_memory
     document = json.loads(path.read_text())
     assert document == report.as_dict()
     assert (document["schema"], document["schema_version"], document["missing"]) == ("losa-doctor", 2, None)
-    assert [row[0] for row in payoff_rows(document)] == list(native.VALUE_TYPES)
-    assert [len(row) for row in time_rows(document)] == [4] * (len(native.VALUE_TYPES) + 4)
+    assert [row[0] for row in payoff_rows(document)] == list(DEFAULT_VALUES)
+    assert [len(row) for row in time_rows(document)] == [4] * (len(DEFAULT_VALUES) + 4)
     text = printed(report)
     for part in ("Processor: ", f"Kernels: {native.describe().row}", "10.0 GB/s with 1 thread, 20.0 GB/s with 2"):
         assert part in text

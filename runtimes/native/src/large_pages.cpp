@@ -35,9 +35,17 @@ std::string line_of(const char* path, const char* start) {
   return found;
 }
 
-/// Bytes that programs may still take without driving others out.
+/// Bytes that this process may still take without driving others out: of the machine, and of its control group.
 size_t available_memory() {
-  return std::strtoull(line_of("/proc/meminfo", "MemAvailable:").c_str(), nullptr, 10) * 1024;
+  const auto number = [](const std::string& text) { return std::strtoull(text.c_str(), nullptr, 10); };
+  size_t available = number(line_of("/proc/meminfo", "MemAvailable:")) * 1024;
+  std::string group = line_of("/proc/self/cgroup", "0::");  // version 2; elsewhere the machine alone counts
+  if (!group.empty() && group.back() == '\n') group.pop_back();
+  const std::string folder = "/sys/fs/cgroup" + group;
+  const std::string most = line_of((folder + "/memory.max").c_str(), "");
+  if (most.empty() || most.compare(0, 3, "max") == 0) return available;
+  const size_t limit = number(most), used = number(line_of((folder + "/memory.current").c_str(), ""));
+  return std::min(available, limit > used ? limit - used : 0);
 }
 
 struct Chunk {

@@ -110,6 +110,8 @@ def test_killed_workers_are_replaced_and_the_others_go_on(start: Start, served: 
     expected = server.complete(max_tokens=5)["choices"]
     for _ in range(4):
         children = workers(server.process.pid)
+        settings = Path(f"/proc/{children[0]}/environ").read_bytes().split(b"\0")
+        assert b"LOSA_LARGE_PAGES=0" in settings  # they share the weights
         assert len(children) == 2
         os.kill(children[0], signal.SIGKILL)
         # The other one answers meanwhile; a connection that waited at the dead one is lost.
