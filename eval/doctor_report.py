@@ -266,7 +266,8 @@ def _sentence(group: Sequence[tuple[float, Product]]) -> str:
     times = f"{low:.2f}x" if len(group) == 1 else f"{low:.2f}x to {high:.2f}x"
     if _gains(first[1]):
         return f"at {where} zeros store {_stored(first[1])}: {times} the speed of dense int4"
-    return f"at {where} zeros no speed-up over dense int4 is shown: {_stored(first[1])}, the best, runs at {times} its speed"
+    nothing = "no speed-up over dense int4 is shown"
+    return f"at {where} zeros {nothing}: {_stored(first[1])}, the best, runs at {times} its speed"
 
 
 def _sparsities(document: Mapping[str, Any]) -> list[float]:
