@@ -136,22 +136,21 @@ bool AttentionStages::reserve() {
 void AttentionStages::add_to(Stages* stages, bool alone) {
   const size_t all = static_cast<size_t>(heads());
   if (alone && !shares_parts_ && multiply_adds(a_) <= kFewMultiplyAdds) {
-    return stages->add(1, [](void* self, size_t) { static_cast<AttentionStages*>(self)->attend_all(); }, this,
-                       Deal::kInTurn);
+    return stages->add(1, [](void* self, size_t) { static_cast<AttentionStages*>(self)->attend_all(); }, this);
   }
   const auto store = [](void* self, size_t head) {
     static_cast<const AttentionStages*>(self)->store_keys(static_cast<int64_t>(head));
   };
-  if (tiles_ > 1 || shares_parts_) stages->add(all, store, this, Deal::kSpread);
+  if (tiles_ > 1 || shares_parts_) stages->add(all, store, this);
   if (!shares_parts_) {
     const auto attend = [](void* argument, size_t index) {
       AttentionStages& self = *static_cast<AttentionStages*>(argument);
       const int64_t task = static_cast<int64_t>(index), head = task % self.heads();
       if (self.tiles_ == 1) self.store_keys(head);
-      // The last tiles see most keys: they come first, so that no thread is left alone with one.
+      // The last tiles see most keys: they come first.
       self.attend_tile(self.tile(head, self.tiles_ - 1 - task / self.heads()), false);
     };
-    return stages->add(all * static_cast<size_t>(tiles_), attend, this, Deal::kInTurn);
+    return stages->add(all * static_cast<size_t>(tiles_), attend, this);
   }
   const auto attend_part = [](void* argument, size_t index) {
     AttentionStages& self = *static_cast<AttentionStages*>(argument);
@@ -160,8 +159,8 @@ void AttentionStages::add_to(Stages* stages, bool alone) {
   const auto merge = [](void* self, size_t head) {
     static_cast<const AttentionStages*>(self)->merge_shared_parts(static_cast<int64_t>(head));
   };
-  stages->add(all * static_cast<size_t>(most_parts_), attend_part, this, Deal::kInTurn);
-  stages->add(all, merge, this, Deal::kInTurn);
+  stages->add(all * static_cast<size_t>(most_parts_), attend_part, this);
+  stages->add(all, merge, this);
 }
 
 AttentionStages::Tile AttentionStages::tile(int64_t head, int64_t index) const {

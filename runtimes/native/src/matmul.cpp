@@ -13,9 +13,6 @@ constexpr int64_t kMaxTasks = 64;
 constexpr int64_t kFewBlocks = 8;
 constexpr int64_t kPrefillTasks = 16;
 constexpr int64_t kPrefillMaxBlocks = 8;
-// Of prefill the last part is dealt out in small tasks, so that no thread waits long for one that has just begun another.
-constexpr int64_t kLastPart = 8;  // an eighth
-constexpr int64_t kLastBlocks = 2;
 
 int64_t padded_tokens(int64_t tokens) { return (tokens + kTokenStep - 1) / kTokenStep * kTokenStep; }
 
@@ -46,8 +43,6 @@ Product::Product(const KernelRow& row, const Weight& w, const float* x, int64_t 
   blocks_per_task_ = prefill_ ? clamp(w.blocks() / kPrefillTasks, 1, kPrefillMaxBlocks)
                               : decode_blocks_per_task(w, tokens);
   if (w.gated()) blocks_per_task_ += blocks_per_task_ % 2;  // a task has whole pairs
-  const int64_t last = prefill_ && blocks_per_task_ > kLastBlocks ? w.blocks() / kLastPart : 0;
-  large_tasks_ = (w.blocks() - last) / blocks_per_task_;
 }
 
 bool Product::reserve(ProductMemory* memory) {
@@ -73,19 +68,18 @@ bool Product::reserve(ProductMemory* memory) {
 }
 
 void Product::add_to(Stages* stages) {
-  const int64_t last_blocks = w_.blocks() - large_tasks_ * blocks_per_task_;
-  const size_t tasks = static_cast<size_t>(large_tasks_ + (last_blocks + small_task() - 1) / small_task());
+  const size_t tasks = static_cast<size_t>((w_.blocks() + blocks_per_task_ - 1) / blocks_per_task_);
   const auto product = [](void* self, size_t task) { static_cast<const Product*>(self)->run_task(task); };
   if (prefill_) {
     const auto pack = [](void* self, size_t tile) { static_cast<const Product*>(self)->pack(tile); };
-    stages->add(static_cast<size_t>(token_tile_count(tokens_)), pack, this, Deal::kInTurn);
-    return stages->add(tasks, product, this, Deal::kInTurn);
+    stages->add(static_cast<size_t>(token_tile_count(tokens_)), pack, this);
+    return stages->add(tasks, product, this);
   }
   const auto prepare = [](void* self) {
     const Product& product = *static_cast<const Product*>(self);
     product.prepare(0, product.tokens_);
   };
-  stages->add(tasks, product, this, Deal::kSpread, prepare);
+  stages->add(tasks, product, this, prepare);
 }
 
 void Product::prepare(int64_t first, int64_t count) const {
@@ -103,14 +97,8 @@ void Product::pack(size_t index) const {
   row_.integers(w_.type).pack(w_, rounded_, tokens_, tile, packed_);
 }
 
-/// Blocks of a task behind the large ones.
-int64_t Product::small_task() const { return prefill_ ? kLastBlocks : blocks_per_task_; }
-
 void Product::run_task(size_t task) const {
-  const int64_t small = static_cast<int64_t>(task) - large_tasks_;
-  const int64_t first = small < 0 ? static_cast<int64_t>(task) * blocks_per_task_
-                                  : large_tasks_ * blocks_per_task_ + small * small_task();
-  const int64_t last = first + (small < 0 ? blocks_per_task_ : small_task());
+  const int64_t first = static_cast<int64_t>(task) * blocks_per_task_, last = first + blocks_per_task_;
   const BlockRange blocks{first, last < w_.blocks() ? last : w_.blocks()};
   if (w_.gated())
     gated_product(blocks);

@@ -38,15 +38,15 @@ class Stages::Run {
     open(0);
   }
 
-  /// Goes through all stages, taking runs until none is free. A worker's own place in a stage is as far along as `index`
-  /// is among the workers.
+  /// Goes through all stages, taking runs until none is free. A worker begins each stage at its own place in it, as far
+  /// along as `index` is among the workers, so that what it reads from memory lies together.
   void work(size_t index) {
     for (size_t s = 0; s < all_.count_; ++s) {
       Shares& shares = shares_[s];
-      const Stage& stage = all_.stages_[s];
-      size_t run = stage.deal == Deal::kSpread ? index * shares.runs / workers_ : 0;
+      size_t run = index * shares.runs / workers_;
       while (take(&shares, &run)) {
         wait_for(s);
+        const Stage& stage = all_.stages_[s];
         const size_t first = run * shares.tasks_of_run, end = first + shares.tasks_of_run;
         for (size_t task = first; task < end && task < stage.tasks; ++task) stage.task(stage.argument, task);
         // Release what these tasks have made to whoever ends the stage, who hands it on by opening the next.

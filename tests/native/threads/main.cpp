@@ -52,7 +52,7 @@ void on_threads(void* context, size_t count, void (*task)(void*, size_t), void* 
 std::vector<std::vector<long>> run(const std::vector<size_t>& tasks, size_t threads) {
   Chain chain(tasks);
   losa::Stages stages;
-  for (size_t s = 0; s < tasks.size(); ++s) stages.add(tasks[s], Chain::task, &chain.links[s], s % 2 == 0 ? losa::Deal::kSpread : losa::Deal::kInTurn, Chain::begin);
+  for (size_t s = 0; s < tasks.size(); ++s) stages.add(tasks[s], Chain::task, &chain.links[s], Chain::begin);
   stages.run({on_threads, &threads});
   return chain.numbers;
 }

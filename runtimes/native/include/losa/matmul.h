@@ -30,7 +30,6 @@ class Product {
   void prepare(int64_t first, int64_t count) const;
   void pack(size_t tile) const;
   void run_task(size_t task) const;
-  int64_t small_task() const;
   void product(const Weight& weight, BlockRange range, float* to) const;
   /// A few pairs of blocks at a time, whose products are still in the cache when they are combined.
   void gated_product(BlockRange range) const;
@@ -42,7 +41,7 @@ class Product {
   float* y_;
   SkipNorm norm_;
   bool prefill_;
-  int64_t blocks_per_task_, large_tasks_;  // others have fewer
+  int64_t blocks_per_task_;
   float* normed_ = nullptr;   // [tokens, columns]: the norm's result, in place of x
   RoundedTokens rounded_{};   // of integer weights
   PackedTokens packed_{};     // of prefill

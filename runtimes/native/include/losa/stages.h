@@ -11,17 +11,13 @@
 
 namespace losa {
 
-/// Where a thread begins in a stage. Spread: each at a place of its own, so that what it reads from memory lies together.
-/// In turn: at the first task that is left, so that the last ones are done last.
-enum class Deal { kSpread, kInTurn };
-
 class Stages {
  public:
   /// `begin` (may be null) runs by itself when all stages before are done; then task(argument, 0 .. tasks-1), in any
   /// order, possibly at once. A stage has at least one task, and there are at most kMost stages.
-  void add(size_t tasks, void (*task)(void* argument, size_t index), void* argument, Deal deal,
+  void add(size_t tasks, void (*task)(void* argument, size_t index), void* argument,
            void (*begin)(void* argument) = nullptr) {
-    stages_[count_++] = {tasks, task, begin, argument, deal};
+    stages_[count_++] = {tasks, task, begin, argument};
   }
 
   /// Returns when all is done. What `add` was given must live as long.
@@ -35,7 +31,6 @@ class Stages {
     void (*task)(void* argument, size_t index);
     void (*begin)(void* argument);
     void* argument;
-    Deal deal;
   };
   class Run;
 
