@@ -36,14 +36,13 @@ DUELS: tuple[tuple[str, str, bool], ...] = (
     ("deepsparse", "deepsparse", True),
     ("deepsparse-int8", "deepsparse-int8", True),
     ("fp32", "deepsparse", False),
-    ("int8", "deepsparse-int8", False),
     ("int8-a8", "deepsparse-int8", False),
-    ("int4", "deepsparse-int8", False),
-    ("int8", "ort-int4-32", True),
-    ("int8", "ort-int4-128", True),
-    ("int8", "llamacpp-q4", True),
-    ("int4", "ort-int4-128", True),
-    ("int4", "llamacpp-q4", True),
+    ("int4-a8", "deepsparse-int8", False),
+    ("int8-a8", "ort-int4-32", True),
+    ("int8-a8", "ort-int4-128", True),
+    ("int8-a8", "llamacpp-q4", True),
+    ("int4-a8", "ort-int4-128", True),
+    ("int4-a8", "llamacpp-q4", True),
 )
 
 

@@ -45,6 +45,7 @@ FORMS: dict[str, Form] = {
     "int8": Form("ours, int8", "ort", values="int8", head="int4"),
     "int8-a8": Form("ours, int8, activations too", "ort", values="int8", activations="int8", head="int4"),
     "int4": Form("ours, int4", "ort", values="int4", head="int4"),
+    "int4-a8": Form("ours, int4, activations too", "ort", values="int4", activations="int8", head="int4"),
     "deepsparse": Form("DeepSparse, fp32", "deepsparse"),
     "deepsparse-int8": Form("DeepSparse, int8", "deepsparse"),
     "ort-int4-32": Form("dense int4, ONNX Runtime, blocks of 32", "ort-stock", pays_for_zeros=False, block=32),

@@ -35,12 +35,12 @@ def test_the_line_through_two_depths_gives_start_and_slope() -> None:
 
 
 def test_dense_peers_are_measured_once_and_duels_at_the_papers_sparsity() -> None:
-    cells = cells_of(["int8", "deepsparse", "llamacpp-q4"], [0.7, 0.5], [2, 4])
+    cells = cells_of(["int8-a8", "deepsparse", "llamacpp-q4"], [0.7, 0.5], [2, 4])
     plain = [(cell.candidate.form, cell.candidate.sparsity) for cell in cells if not cell.is_duel]
     assert plain[::2] == [
         *[("deepsparse", 0.0), ("deepsparse", 0.0)],
-        *[("int8", 0.7), ("int8", 0.7)],
-        *[("int8", 0.5), ("int8", 0.5)],
+        *[("int8-a8", 0.7), ("int8-a8", 0.7)],
+        *[("int8-a8", 0.5), ("int8-a8", 0.5)],
     ]
     assert plain[1::2] == [
         *[("llamacpp-q4", 0.0), ("llamacpp-q4", 0.0)],
@@ -49,10 +49,10 @@ def test_dense_peers_are_measured_once_and_duels_at_the_papers_sparsity() -> Non
     ]
     assert [str(cell) for cell in cells if cell.is_duel] == [
         "DeepSparse, fp32, 70% zeros, 4 blocks, against DeepSparse, fp32, 0% zeros, 4 blocks",
-        "ours, int8, 70% zeros, 4 blocks, against dense Q4_0, llama.cpp, 0% zeros, 4 blocks",
+        "ours, int8, activations too, 70% zeros, 4 blocks, against dense Q4_0, llama.cpp, 0% zeros, 4 blocks",
     ]
     assert len({cell.name for cell in cells}) == len(cells)
-    shallow = cells_of(["int8"], [0.7], [2, 4], shallow=[0.5])
+    shallow = cells_of(["int8-a8"], [0.7], [2, 4], shallow=[0.5])
     assert [(cell.candidate.sparsity, cell.candidate.blocks) for cell in shallow] == [(0.7, 2), (0.7, 4), (0.5, 2)]
 
 
@@ -70,15 +70,15 @@ def test_models_are_made_once_and_go_when_nobody_wants_them(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_the_command_measures_goes_on_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work, pages = tmp_path / "work", tmp_path / "pages"
-    words = ["--like", "small", "--blocks", "1", "2", "--sparsities", "0.7", "--forms", "fp32", "int8", "ort-int4-32"]
+    words = ["--like", "small", "--blocks", "1", "2", "--sparsities", "0.7", "--forms", "fp32", "int8-a8", "ort-int4-32"]
     words += ["--prompt", "8", "--gen", "4", "--seconds", "1", "--threads", "1", "-o", str(work), "--page", str(pages)]
     assert main(words) == 0
     assert sorted(path.name for path in (work / "cells").iterdir()) == [
         "fp32-70-1-against-dense-0-1.json",
         "fp32-70-2-against-dense-0-2.json",
-        "int8-70-1-against-dense-0-1.json",
-        "int8-70-2-against-dense-0-2.json",
-        "int8-70-2-against-ort-int4-32-0-2.json",
+        "int8-a8-70-1-against-dense-0-1.json",
+        "int8-a8-70-2-against-dense-0-2.json",
+        "int8-a8-70-2-against-ort-int4-32-0-2.json",
         "ort-int4-32-0-1-against-dense-0-1.json",
         "ort-int4-32-0-2-against-dense-0-2.json",
     ]
@@ -90,8 +90,8 @@ def test_the_command_measures_goes_on_and_draws(tmp_path: Path, capsys: pytest.C
     assert (
         "| form | zeros | 1 blocks | 2 blocks | ms a block | against dense | ms of 32 blocks | against dense |" in text
     )
-    assert "| ours, int8 | 70% | " in text
-    assert "| ours, int8 | dense int4, ONNX Runtime, blocks of 32 | " in text
+    assert "| ours, int8, activations too | 70% | " in text
+    assert "| ours, int8, activations too | dense int4, ONNX Runtime, blocks of 32 | " in text
     (pages / "speedup.md").unlink()
     capsys.readouterr()
     assert main(words) == 0  # nothing is measured again
