@@ -70,7 +70,19 @@ def test_models_are_made_once_and_go_when_nobody_wants_them(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_the_command_measures_goes_on_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work, pages = tmp_path / "work", tmp_path / "pages"
-    words = ["--like", "small", "--blocks", "1", "2", "--sparsities", "0.7", "--forms", "fp32", "int8-a8", "ort-int4-32"]
+    words = [
+        "--like",
+        "small",
+        "--blocks",
+        "1",
+        "2",
+        "--sparsities",
+        "0.7",
+        "--forms",
+        "fp32",
+        "int8-a8",
+        "ort-int4-32",
+    ]
     words += ["--prompt", "8", "--gen", "4", "--seconds", "1", "--threads", "1", "-o", str(work), "--page", str(pages)]
     assert main(words) == 0
     assert sorted(path.name for path in (work / "cells").iterdir()) == [
