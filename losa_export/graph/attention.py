@@ -60,7 +60,7 @@ def attention_function(opset_version: int) -> ir.Function:
     nodes, inputs = NodeList(""), [ir.Value(name=name) for name in INPUTS]
     outputs = nodes.add_many(ATTENTION_OP, inputs, list(OUTPUTS), domain=CONTRIB)
     for name, kind in ATTRIBUTES.items():
-        nodes.nodes[-1].attributes.add(ir.RefAttr(name, name, kind))
+        nodes.refer(name, kind)
     graph = ir.Graph(inputs, outputs, nodes=nodes.nodes, opset_imports={"": opset_version, CONTRIB: 1})
     attributes = [ir.Attr(name, kind, None) for name, kind in ATTRIBUTES.items()]
     return ir.Function(DOMAIN, ATTENTION_OP, graph=graph, attributes=attributes)

@@ -146,14 +146,15 @@ class _Composed:
         inner, total = self._product(nodes, self.first, before, inputs, ["inner", "sum"])
         attributes = dict.fromkeys(self.first.attributes.values(), ir.AttributeType.INT)
         attributes["epsilon"] = ir.AttributeType.FLOAT
-        _refer(nodes, {"epsilon": ir.AttributeType.FLOAT})
+        nodes.refer("epsilon", ir.AttributeType.FLOAT)
         presents: Sequence[ir.Value] = ()
         if self.between:
             read = [inner, None, None, *(inputs[name] for name in self.between)]
             inner, *presents = nodes.add_many(
                 attention.ATTENTION_OP, read, ["attended", *attention.OUTPUTS[1:]], domain=DOMAIN
             )
-            _refer(nodes, attention.ATTRIBUTES)
+            for name, kind in attention.ATTRIBUTES.items():
+                nodes.refer(name, kind)
             attributes |= attention.ATTRIBUTES
         [y] = self._product(nodes, self.last, [inner], inputs, ["Y"])
         attributes |= dict.fromkeys(self.last.attributes.values(), ir.AttributeType.INT)
@@ -174,7 +175,7 @@ class _Composed:
         tensors = [inputs[name] for name in product.tensors.values()]
         made = nodes.add_many(product.op_type, [*before, *tensors], outputs, domain=DOMAIN)
         for name, outer in product.attributes.items():
-            nodes.nodes[-1].attributes.add(ir.RefAttr(name, outer, ir.AttributeType.INT))
+            nodes.refer(name, ir.AttributeType.INT, outer)
         return made
 
 
@@ -202,9 +203,3 @@ def _is(node: ir.Node, op_type: str) -> bool:
 def _only_source(x: ir.Value | None) -> ir.Node | None:
     """The node that makes `x`, if one node alone reads it."""
     return None if x is None or len(x.uses()) != 1 or x.is_graph_output() else x.producer()
-
-
-def _refer(nodes: NodeList, attributes: Mapping[str, ir.AttributeType]) -> None:
-    """Give the last node attributes that are the whole's, of the same names."""
-    for name, kind in attributes.items():
-        nodes.nodes[-1].attributes.add(ir.RefAttr(name, name, kind))

@@ -62,10 +62,14 @@ class NodeList:
         """A constant int64 vector."""
         return self.constant(np.array(numbers, dtype=np.int64))
 
+    def refer(self, name: str, kind: ir.AttributeType, outer: str | None = None) -> None:
+        """Inside a function: give the last node attribute `name` of the calling node, where it is called `outer`."""
+        self.nodes[-1].attributes.add(ir.RefAttr(name, outer or name, kind))
+
     def reference(self, attribute: str) -> ir.Value:
         """Inside a function: the calling node's integer attribute, as an int64 vector of one element."""
         [scalar] = self.add_many("Constant", [], [None])
-        self.nodes[-1].attributes.add(ir.RefAttr("value_int", attribute, ir.AttributeType.INT))
+        self.refer("value_int", ir.AttributeType.INT, attribute)
         return self.add("Unsqueeze", [scalar, self.integers(0)])
 
 

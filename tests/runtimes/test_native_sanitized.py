@@ -40,21 +40,21 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
 
 
-def compiler(folder: Path) -> str:
+def compiler(folder: Path, sanitizers: list[str]) -> str:
     """A compiler whose sanitizers work, or a skip."""
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if found is None:
         pytest.skip("no C++ compiler (CXX, g++ or c++)")
     probe = folder / "probe.cpp"
     probe.write_text("int main() { return 0; }\n")
-    if run(found, *SANITIZERS, probe, "-o", folder / "probe").returncode or run(folder / "probe").returncode:
-        pytest.skip(f"{found} has no working sanitizers")
+    if run(found, *sanitizers, probe, "-o", folder / "probe").returncode or run(folder / "probe").returncode:
+        pytest.skip(f"{found} has no working {' '.join(sanitizers)}")
     return found
 
 
 def build(folder: Path) -> Path:
     """The program, with sanitizers."""
-    cxx = compiler(folder)
+    cxx = compiler(folder, SANITIZERS)
     flags = [*FLAGS, *SANITIZERS, *(["-DLOSA_X86"] if X86 else [])]
     jobs: dict[Path, list[str]] = {source: [] for source in (*SOURCES, *TESTS.glob("*.cpp"))}
     for prefix, extra in X86_FLAGS.items() if X86 else ():
@@ -115,14 +115,9 @@ def test_a_broken_weight_is_refused_or_run_rightly(
 
 
 def test_stages_keep_threads_out_of_each_others_way(tmp_path: Path) -> None:
-    cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if cxx is None:
-        pytest.skip("no C++ compiler (CXX, g++ or c++)")
-    program, flags = tmp_path / "threads", [*FLAGS, "-fsanitize=thread", *(["-DLOSA_X86"] if X86 else [])]
-    (tmp_path / "probe.cpp").write_text("int main() { return 0; }\n")
-    probe = run(cxx, *flags, tmp_path / "probe.cpp", "-o", tmp_path / "probe")
-    if probe.returncode or run(tmp_path / "probe").returncode:
-        pytest.skip(f"{cxx} has no working ThreadSanitizer")
+    sanitizers = ["-fsanitize=thread"]
+    cxx, program = compiler(tmp_path, sanitizers), tmp_path / "threads"
+    flags = [*FLAGS, *sanitizers, *(["-DLOSA_X86"] if X86 else [])]
     built = run(cxx, *flags, TESTS / "threads" / "main.cpp", NATIVE / "src" / "stages.cpp", "-pthread", "-o", program)
     assert built.returncode == 0, built.stderr
     assert_clean(run(program))

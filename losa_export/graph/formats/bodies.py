@@ -158,7 +158,7 @@ def skip_norm(nodes: NodeList, x: ir.Value, skip: ir.Value, gamma: ir.Value, out
     """RMS norm of x + skip with the calling node's epsilon, and the sum, which is called `output`."""
     total = nodes.add("Add", [x, skip], output=output)
     normed = nodes.add("RMSNormalization", [total, gamma], {"axis": -1, "stash_type": 1})
-    nodes.nodes[-1].attributes.add(ir.RefAttr("epsilon", "epsilon", ir.AttributeType.FLOAT))
+    nodes.refer("epsilon", ir.AttributeType.FLOAT)
     return normed, total
 
 

@@ -35,6 +35,12 @@ bool takes_prefill(const KernelRow& row, ValueType type, int64_t tokens) {
   return row.floats(type).prefill != nullptr && tokens >= row.floats(type).prefill_min_tokens;
 }
 
+/// How many tokens a call of `tokens` takes at once. Passes are of nearly equal size: 130 tokens as 72 + 58, not 128 + 2.
+int64_t pass_tokens(int64_t tokens) {
+  const int64_t passes = (tokens + kPrefillTokens - 1) / kPrefillTokens;
+  return (tokens + passes * kTokenStep - 1) / (passes * kTokenStep) * kTokenStep;
+}
+
 }  // namespace
 
 Product::Product(const KernelRow& row, const Weight& w, const float* x, int64_t tokens, float* y,
@@ -132,11 +138,6 @@ void Product::gated_product(BlockRange range) const {
     const int64_t count = part.rows / 2, left = w_.outputs - first;
     row_.gate(products, tokens_, count < left ? count : left, y_ + first, w_.outputs);
   }
-}
-
-int64_t pass_tokens(int64_t tokens) {
-  const int64_t passes = (tokens + kPrefillTokens - 1) / kPrefillTokens;
-  return (tokens + passes * kTokenStep - 1) / (passes * kTokenStep) * kTokenStep;
 }
 
 bool multiply(const KernelRow& row, const Weight& w, const float* x, int64_t tokens, float* y,

@@ -47,9 +47,6 @@ class Product {
   PackedTokens packed_{};     // of prefill
 };
 
-/// How many tokens a call of `tokens` takes at once. Passes are of nearly equal size: 130 tokens as 72 + 58, not 128 + 2.
-int64_t pass_tokens(int64_t tokens);
-
 /// y (tokens, outputs) = x (tokens, columns) W^T with the kernels of `row`; for a gated weight y is
 /// silu(x Wgate^T) times x Wup^T, element by element. With a norm (one that has a gamma) its result is
 /// multiplied in place of x (norm.h), done once for each token.

@@ -1,8 +1,8 @@
 // Work in stages, each of which needs what the one before has made, on threads that are called once.
 //
 // Calling a session's threads costs about as long as a small task. Between two stages the threads therefore wait for
-// each other without leaving: what is handed out is counted, tasks of a later stage come after those of an earlier one,
-// and whoever ends the last task of a stage opens the next. A thread waits only for tasks that others have begun, so
+// each other without leaving: each goes through all stages in order, takes tasks that nobody has taken, and whoever ends
+// the last task of a stage opens the next. A thread waits only for tasks that others have begun, so
 // any number of threads will do, one of them too.
 #pragma once
 #include <cstddef>
