@@ -11,7 +11,6 @@ struct Floats {
   static Vector load(const float* p) { return load_floats<Lanes>(p); }
   static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
   static Vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
-  static Vector broadcast_kept(const float* p) { return _mm512_castsi512_ps(broadcast_bits(p)); }
   static Sums multiply_add(Vector weight, Vector x, Sums sums) { return _mm512_fmadd_ps(weight, x, sums); }
   static Vector zero() { return _mm512_setzero_ps(); }
   static Sums add(Sums a, Sums b) { return _mm512_add_ps(a, b); }

@@ -25,11 +25,6 @@ LOSA_INLINE static __m512i expand_bytes(__mmask64 kept, __m512i packed) {
 LOSA_INLINE static __m512i expand_bytes_into(__m512i others, __mmask64 kept, __m512i packed) {
   return _mm512_mask_expand_epi8(others, kept, packed);
 }
-LOSA_INLINE static __m512i broadcast_bits(const void* from) {
-  int32_t bits;
-  __builtin_memcpy(&bits, from, sizeof bits);
-  return _mm512_set1_epi32(bits);
-}
 LOSA_INLINE static void add_pairs(__m512i& sums, __m512i a, __m512i b) { sums = _mm512_dpwssd_epi32(sums, a, b); }
 LOSA_INLINE static void add_quads(__m512i& sums, __m512i a, __m512i b) { sums = _mm512_dpbusd_epi32(sums, a, b); }
 LOSA_INLINE static void add_pairs(__m512i& sums, __m512i a, const int32_t* b) {
@@ -75,16 +70,6 @@ LOSA_INLINE static __m512i expand_bytes(__mmask64 kept, __m512i packed) {
 LOSA_INLINE static __m512i expand_bytes_into(__m512i others, __mmask64 kept, __m512i packed) {
   asm("vpexpandb %2, %0%{%1%}" : "+v"(others) : "Yk"(kept), "v"(packed));
   return others;
-}
-
-/// Four bytes in all lanes, by way of a general register. Where each product loads a vector, another load would take
-/// as long as a product.
-LOSA_INLINE static __m512i broadcast_bits(const void* from) {
-  int32_t bits;
-  asm("movl %1, %0" : "=r"(bits) : "m"(*static_cast<const char(*)[4]>(from)));
-  __m512i all;
-  asm("vpbroadcastd %1, %0" : "=v"(all) : "r"(bits));
-  return all;
 }
 
 /// Each sum + the products of two pairs of signed 16-bit integers.

@@ -4,7 +4,6 @@
 // V gives the type of element, one or several numbers in four bytes:
 //   Element, Vector, Sums            one element, 16 of them, and 16 sums of their products
 //   load<Lanes>(p), broadcast(p)     16 elements, of which the first `Lanes` are in memory; one in all lanes
-//   broadcast_kept(p)                the same where all units that load vectors are busy
 //   multiply_add(weight, x, sums)    sums + weight times x
 //   starts(tile), start(tile, row)   what the sums of a tile start at, of all rows or of one in all lanes
 //   begin<Lanes>(sums, start)        sums to go on with: those so far, or the start where a tile is summed for itself
@@ -160,7 +159,7 @@ class SparseRow {
   LOSA_INLINE void add(uint64_t elements) {
     for (; elements != 0; elements &= elements - 1) {
       const int64_t k = __builtin_ctzll(elements);
-      const auto weight = V::broadcast_kept(weights_ + k * losa::kBlockRows);
+      const auto weight = V::broadcast(weights_ + k * losa::kBlockRows);
       sums_.add(weight, tokens_.x + k * Width);
       next_sums_.add(weight, next_.x + k * Next);
     }

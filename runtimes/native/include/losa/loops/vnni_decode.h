@@ -63,6 +63,9 @@ struct IntegerDecode {
     }
 
    private:
+    // Several tokens wait for multiply-adds, these for expansions unless those are a step ahead. On a Zen 4 eight tokens
+    // of 8 bits take 3 % less time so, of 16 bits 10 %; one token waits for memory.
+    static constexpr bool kAhead = Tokens > 1;
     static constexpr int64_t kStride = kPanelColumns / 4 * Elements::kOfStep + 16;  // one line off a page
 
     template <int Blocks>
@@ -79,28 +82,39 @@ struct IntegerDecode {
 #pragma GCC unroll 4
           for (int p = 1; p < kPartial; ++p) sums[b][t][p] = _mm512_setzero_si512();
         }
-      int64_t step = 0;
-      for (; step + 4 <= count; step += 4) {
+      __m512i steps[Blocks];
+      if (kAhead) expand(walks, steps);
+      int64_t left = kAhead ? count - 1 : count;
+      for (; left >= 4; left -= 4) {
 #pragma GCC unroll 2
         for (int b = 0; b < Blocks; ++b) walks[b].prefetch();
 #pragma GCC unroll 4
-        for (int turn = 0; turn < 4; ++turn, x += Elements::kOfStep) add_step(walks, x, turn, sums);
+        for (int turn = 0; turn < 4; ++turn, x += Elements::kOfStep) add_step(walks, x, turn, steps, sums);
       }
 #pragma GCC unroll 1
-      for (; step < count; ++step, x += Elements::kOfStep) add_step(walks, x, 0, sums);
+      for (; left > 0; --left, x += Elements::kOfStep) add_step(walks, x, 0, steps, sums);
+      if (kAhead) Elements::add_steps(steps, x, kStride, 0, sums);
 #pragma GCC unroll 2
       for (int b = 0; b < Blocks; ++b)
 #pragma GCC unroll 8
         for (int t = 0; t < Tokens; ++t) totals[b][t] = Elements::total(sums[b][t]);
     }
 
+    /// Of each block a step meets its activations, and one is expanded: the next one if kAhead, in place of `steps`.
     template <int Blocks, int Partial>
-    LOSA_INLINE void add_step(Walk (&walks)[Blocks], const int32_t* x, int turn,
-                              __m512i (&sums)[Blocks][Tokens][Partial]) const {
-      __m512i steps[Blocks];
+    LOSA_INLINE static void add_step(Walk (&walks)[Blocks], const int32_t* x, int turn, __m512i (&steps)[Blocks],
+                                     __m512i (&sums)[Blocks][Tokens][Partial]) {
+      __m512i expanded[Blocks];
+      expand(walks, expanded);
+      Elements::add_steps(kAhead ? steps : expanded, x, kStride, turn, sums);
+#pragma GCC unroll 2
+      for (int b = 0; b < Blocks; ++b) steps[b] = expanded[b];
+    }
+
+    template <int Blocks>
+    LOSA_INLINE static void expand(Walk (&walks)[Blocks], __m512i (&steps)[Blocks]) {
 #pragma GCC unroll 2
       for (int b = 0; b < Blocks; ++b) steps[b] = Elements::next(walks[b]);
-      Elements::add_steps(steps, x, kStride, turn, sums);
     }
 
     alignas(64) int32_t elements_[Tokens][kStride];

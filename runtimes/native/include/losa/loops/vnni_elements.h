@@ -14,7 +14,6 @@ struct IntegerElements {
   using Sums = __m512i;
 
   static Vector broadcast(const int32_t* p) { return _mm512_set1_epi32(*p); }
-  static Vector broadcast_kept(const int32_t* p) { return broadcast_bits(p); }
   template <int Lanes>
   static Vector load(const int32_t* p) {
     if constexpr (Lanes == kVectorLanes) return _mm512_loadu_si512(p);
