@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ import numpy as np
 
 from losa_export.errors import BenchmarkError, GateError
 from losa_export.eval.answers import Answers, Workload
-from losa_export.eval.bench_report import AnswerCheck, AnswerMode, Side, SideCheck
+from losa_export.eval.bench_report import AnswerCheck, AnswerMode, FileRecord, Side, SideCheck
 from losa_export.eval.engine import Engine
 from losa_export.eval.parity import GateReport, GateThresholds, position_errors, summarise, thresholds_for
 from losa_export.onnx_file import MANIFEST_FILE
@@ -33,6 +33,9 @@ SECOND_ENGINE: dict[RuntimeName, RuntimeName] = {
     "llamacpp": "torch",
 }
 
+# What engines have passed on their own, by all that a check depends on: the benchmarks of a sweep or a study share one,
+# since a check may take far longer than the timing.
+PassedChecks = MutableMapping[Hashable, SideCheck]
 
 _MODEL_FACTS: tuple[str, ...] = ("weights", "values", "head", "sparsity_fraction")
 
@@ -96,6 +99,10 @@ def check_answers(
     engines: Mapping[Side, Engine],
     workload: Workload,
     another: Callable[[Side, RuntimeName], Engine],
+    *,
+    files: Mapping[Side, tuple[FileRecord, ...]],
+    threads: int,
+    passed: PassedChecks,
 ) -> AnswerCheck:
     """Hold the engines against their references, on the check's prompts and on the work to be timed.
 
@@ -106,6 +113,9 @@ def check_answers(
         engines: loaded, one a side.
         workload: token ids of the check and of the timed work.
         another: loads a side's folder in a second engine; closed here.
+        files: of each side's folder, by name and digest.
+        threads: of each engine.
+        passed: what a side in mode 'own' need not show again; what it shows here is added.
 
     Raises:
         BenchmarkError: answers differ; the message names the first output that diverges.
@@ -126,8 +136,12 @@ def check_answers(
         name = SECOND_ENGINE.get(config.runtime(side))
         if name is None:
             continue
-        with closing(another(side, name)) as second:
-            checks[side] = _hold(engine, second, f"the same files in {name}", workload, _thresholds(config, side), "")
+        thresholds = _thresholds(config, side)
+        key = (config.runtime(side), files[side], threads, workload.key(), thresholds)
+        if key not in passed:
+            with closing(another(side, name)) as second:
+                passed[key] = _hold(engine, second, f"the same files in {name}", workload, thresholds, "")
+        checks[side] = passed[key]
     return AnswerCheck(mode, decided_by, candidate=checks["candidate"], baseline=checks["baseline"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,11 @@ class Workload:
     forced: NDArray[np.int64]
     check_prompts: tuple[NDArray[np.int64], ...]
     check_new_tokens: int
+
+    def key(self) -> Hashable:
+        """Equal for equal workloads."""
+        ids = (self.prompt, self.forced, *self.check_prompts)
+        return (self.check_new_tokens, *(part.tobytes() for part in ids))
 
 
 def make_workload(

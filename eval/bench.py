@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from losa_export.errors import BenchmarkError, ConfigError
-from losa_export.eval.answer_check import check_answers, choose_mode, model_facts
+from losa_export.eval.answer_check import PassedChecks, check_answers, choose_mode, model_facts
 from losa_export.eval.answers import Workload, make_workload
 from losa_export.eval.bench_report import (
     BenchReport,
@@ -153,13 +153,20 @@ class BenchConfig:
         return fields
 
 
-def bench(config: BenchConfig, *, launch: Launch | None = None, show_progress: bool = True) -> BenchReport:
+def bench(
+    config: BenchConfig,
+    *,
+    launch: Launch | None = None,
+    passed: PassedChecks | None = None,
+    show_progress: bool = True,
+) -> BenchReport:
     """Compare two engines.
 
     Args:
         config: see `BenchConfig`.
         launch: makes the engine for a label and runtime; None starts a child process for each, in the runtime's own
             environment if it has one.
+        passed: answers that earlier benchmarks of this process have checked and this one need not; grows.
         show_progress: False for silence on stderr.
 
     Returns: the report; write it with `.write(path)`, show it with `report.print_bench`.
@@ -203,7 +210,17 @@ def bench(config: BenchConfig, *, launch: Launch | None = None, show_progress: b
             return engine
 
         with Progress("checking the answers", 1, "check", enabled=show_progress) as progress:
-            answers = check_answers(mode, decided_by, config, engines, workload, another)
+            answers = check_answers(
+                mode,
+                decided_by,
+                config,
+                engines,
+                workload,
+                another,
+                files=files,
+                threads=threads,
+                passed={} if passed is None else passed,
+            )
             progress.advance()
         was_reset = {side: bool(engines[side].call("reset_peak")) for side in SIDES}
         run = _Run(config, engines, workload, show_progress)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from losa_export.errors import ConfigError, InputError, LosaError
+from losa_export.eval.answer_check import PassedChecks
 from losa_export.eval.bench import bench
 from losa_export.eval.bench_report import read_bench
 from losa_export.eval.studies.command_line import exit_code, rerun_command
@@ -106,8 +107,8 @@ class Study:
     def _file(self, cell: Cell) -> Path:
         return self.work / "cells" / f"{cell.name}.json"
 
-    def measure(self, cell: Cell, models: Models) -> None:
-        """Hold both models against each other, and keep the record. Raises: any LosaError of these."""
+    def measure(self, cell: Cell, models: Models, passed: PassedChecks) -> None:
+        """Hold both models against each other, and keep the record. `passed` as for `bench`. Raises: any LosaError."""
         candidate, baseline = cell.models
         config = timing_config(
             (FORMS[candidate.form].runtime, models.export(candidate)),
@@ -117,7 +118,7 @@ class Study:
             new_tokens=self.new_tokens,
             max_seconds=self.max_seconds,
         )
-        document = bench(config).as_dict() | {"study": {"like": self.like}}
+        document = bench(config, passed=passed).as_dict() | {"study": {"like": self.like}}
         self._file(cell).parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(self._file(cell), json.dumps(document, indent=1) + "\n")
 
@@ -258,6 +259,7 @@ def _run(study: Study, cells: Sequence[Cell]) -> dict[str, str]:
     failed: dict[str, str] = {}
     missing = [cell for cell in cells if study.record(cell) is None]
     models = Models(study.work / "models", study.like)
+    passed: PassedChecks = {}
     try:
         for number, cell in enumerate(missing, start=1):
             sys.stderr.write(f"study: [{number}/{len(missing)}] {cell}\n")
@@ -266,7 +268,7 @@ def _run(study: Study, cells: Sequence[Cell]) -> dict[str, str]:
                 failed[str(cell)] = f"the engine is not installed: losa runtimes install {absent[0]}"
                 continue
             try:
-                study.measure(cell, models)
+                study.measure(cell, models, passed)
             except LosaError as error:
                 failed[str(cell)] = str(error).splitlines()[0]
                 sys.stderr.write(f"study: {cell}: {error}\n")

@@ -68,7 +68,7 @@ def run(fake_runtime, folders, monkeypatch):
     monkeypatch.setattr(bench_module, "machine_record", lambda: record)
     monkeypatch.setattr(bench_module, "read_cpu_times", lambda pids, cpus: None)
 
-    def run(models=None, fail=None, **options):
+    def run(models=None, fail=None, passed=None, **options):
         journal, engines = [], []
 
         def load(name, folder, threads):
@@ -89,7 +89,8 @@ def run(fake_runtime, folders, monkeypatch):
         fixed |= {"max_warmup_blocks": 2, "load_samples": 1, "threads": 1}
         config = BenchConfig(folders[0], folders[1], **(fixed | options))
         try:
-            return SimpleNamespace(report=bench(config, launch=launch, show_progress=False), journal=journal)
+            report = bench(config, launch=launch, passed=passed, show_progress=False)
+            return SimpleNamespace(report=report, journal=journal)
         finally:
             assert all(engine.closed for engine in engines)
 
@@ -168,6 +169,47 @@ def test_different_models_are_each_checked_by_a_second_engine(run):
     assert answers.candidate.against == "the same files in ort-stock"
     assert answers.baseline.against == "the same files in ort"
     assert any("to check" in label for label, _ in result.journal)
+
+
+def test_answers_that_an_engine_has_passed_are_not_asked_for_again(run):
+    passed = {}
+    first = run(answers="own", passed=passed)
+    again = run(answers="own", passed=passed)
+    assert "gate" in [command for _, command in first.journal]
+    assert not {"gate", "answers", "workload_logits"} & {command for _, command in again.journal}
+    assert not any("to check" in label for label, _ in again.journal)
+    assert again.report.answers == first.report.answers
+
+
+def test_the_other_side_of_an_earlier_benchmark_is_checked_already(run, folders):
+    passed = {}
+    run(answers="own", passed=passed)
+    turned = {"candidate_runtime": "ort-stock", "baseline_runtime": "ort-stock"}
+    journal = run(answers="own", passed=passed, **turned).journal
+    assert [label for label, command in journal if command == "gate"] == ["the candidate ('sparse' in ort-stock)"]
+
+
+@pytest.mark.parametrize("change", ["file", "runtime", "tokens", "thresholds"])
+def test_what_an_answer_depends_on_makes_it_be_asked_for_again(run, folders, change):
+    passed = {}
+    run(answers="own", passed=passed)
+    options = {
+        "file": {},
+        "runtime": {"candidate_runtime": "genai"},
+        "tokens": {"seed": 1},
+        "thresholds": {"thresholds": GateThresholds(max_kl=1e-6)},
+    }[change]
+    if change == "file":
+        (folders[0] / "model.onnx").write_bytes(b"54321")
+    with pytest.raises(BenchmarkError, match=r"answers differ from the same files in ort-stock"):
+        run({("sparse", "ort-stock"): {"seed": 1}}, answers="own", passed=passed, **options)
+
+
+def test_answers_that_failed_are_asked_for_again(run):
+    passed = {}
+    for _ in range(2):
+        with pytest.raises(BenchmarkError, match=r"answers differ from the same files in ort-stock"):
+            run({("sparse", "ort-stock"): {"seed": 1}}, answers="own", passed=passed)
 
 
 def test_a_second_engine_that_disagrees_ends_the_benchmark(run):

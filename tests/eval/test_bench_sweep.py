@@ -12,6 +12,7 @@ import pytest
 from losa_export import cli
 from losa_export.errors import EngineUnavailableError
 from losa_export.eval import bench_sweep
+from losa_export.eval.answer_check import PassedChecks
 from losa_export.eval.bench import BenchConfig
 from losa_export.eval.bench_sweep import COLUMNS, SweepReport, combinations, sweep
 
@@ -40,7 +41,7 @@ def document(config: BenchConfig) -> dict[str, Any]:
     }
 
 
-def run(config: BenchConfig) -> Any:
+def run(config: BenchConfig, *, passed: PassedChecks) -> Any:
     if config.candidate_runtime == "deepsparse":
         raise EngineUnavailableError("the engine 'deepsparse' is not installed")
     return SimpleNamespace(as_dict=lambda: document(config))
@@ -86,6 +87,18 @@ def test_a_run_that_fails_costs_no_other_and_each_is_kept_at_once(common: BenchC
         "new_tokens": 8,
         "error": "the engine 'deepsparse' is not installed",
     }
+
+
+def test_all_runs_share_what_they_have_checked(common: BenchConfig) -> None:
+    memories: list[int] = []
+
+    def noting(config: BenchConfig, *, passed: PassedChecks) -> Any:
+        memories.append(id(passed))
+        return run(config, passed=passed)
+
+    sweep(all_of(common), run=noting)
+    assert len(memories) == 16
+    assert len(set(memories)) == 1
 
 
 def test_tables_have_a_line_for_each_run(common: BenchConfig) -> None:

@@ -150,7 +150,7 @@ def test_the_page_says_where_the_claim_holds_and_where_not() -> None:
 
 def test_an_engine_that_is_missing_is_said_and_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
-    monkeypatch.setattr(Study, "measure", lambda self, cell, models: measured.append(cell))
+    monkeypatch.setattr(Study, "measure", lambda self, cell, models, passed: measured.append(cell))
     measured: list[Cell] = []
     words = ["--like", "small", "--blocks", "1", "--sparsities", "0.7", "-o", str(tmp_path / "work")]
     assert main(words) == 1
