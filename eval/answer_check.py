@@ -157,9 +157,11 @@ def _hold(
     except GateError as error:
         raise BenchmarkError(f"nothing was timed, since the answers differ from {against}: {error}{hint}") from error
     figures = summarise([errors])
-    if np.count_nonzero(thresholds.diverge(errors)) > thresholds.strays(figures.positions):
+    diverging, allowed = int(np.count_nonzero(thresholds.diverge(errors))), thresholds.strays(figures.positions)
+    if diverging > allowed:
         raise BenchmarkError(
-            f"nothing was timed, since {engine.label} differs from {against} on the prompt to be timed: "
+            f"nothing was timed, since {engine.label} differs from {against} on the prompt to be timed, in "
+            f"{diverging} of {figures.positions} positions, of which {allowed} may: "
             f"relative error {figures.max_relative_error:.3g} (limit {thresholds.max_relative_error:.3g}), "
             f"KL {figures.kl_max:.3g} (limit {thresholds.max_kl:.3g}){hint}"
         )

@@ -74,7 +74,12 @@ class Model:
 
     def __str__(self) -> str:
         """For people."""
-        return f"{FORMS[self.form].title}, {self.sparsity:.0%} zeros, {self.blocks} blocks"
+        return f"{FORMS[self.form].title}, {self.sparsity:.0%} zeros, {blocks_text(self.blocks)}"
+
+
+def blocks_text(count: int) -> str:
+    """A number of blocks, for people."""
+    return "1 block" if count == 1 else f"{count} blocks"
 
 
 class Models:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from losa_export.errors import ConfigError
-from losa_export.eval.studies.speedup_models import DENSE, FORMS
+from losa_export.eval.stats import median
+from losa_export.eval.studies.speedup_models import DENSE, FORMS, blocks_text
 from losa_export.eval.studies.timing import ratio_text
 
 # What the paper reports for a model of 7 billion weights with 70 % zeros on DeepSparse.
@@ -69,7 +70,8 @@ def page(document: Mapping[str, Any]) -> str:
 def _table(document: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
     depths = sorted({cell["blocks"] for cell in cells})
     whole = document["whole_blocks"]
-    headings = ["form", "zeros", *(f"{depth} blocks" for depth in depths)]
+    headings = ["form", "zeros", *(blocks_text(depth) for depth in depths)]
+    dense = {at: median([cell[metric]["against_ms"] for cell in cells if cell["blocks"] == at]) for at in depths}
     if len(depths) > 1:
         headings += ["ms a block", "against dense", f"ms of {whole} blocks", "against dense"]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
@@ -78,19 +80,30 @@ def _table(document: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], metr
         row = [FORMS[form].title, f"{sparsity:.0%}"]
         row += [ratio_text(mine[depth]) if depth in mine else "–" for depth in depths]
         if len(depths) > 1:
-            row += _by_the_lines(mine, whole)
+            row += _by_the_lines({depth: one["ratio"] for depth, one in mine.items()}, dense, whole)
         lines.append(f"| {' | '.join(row)} |")
     if len(depths) > 1:
-        lines += ["", f"What stands right of the {depths[-1]} blocks is read off straight lines through the depths."]
+        lines += [
+            "",
+            f"What stands right of {blocks_text(depths[-1])} is read off straight lines through the depths: for the "
+            "dense model through its median times over all runs, for a form through these divided by its ratios, since "
+            "two runs may find the memory at different speeds.",
+        ]
     return [*lines, ""]
 
 
-def _by_the_lines(mine: Mapping[int, Mapping[str, Any]], whole: int) -> list[str]:
-    """Time of a block and of the whole model, each with its ratio to the dense one's."""
-    if len(mine) < 2:
+def _by_the_lines(ratios: Mapping[int, float], dense: Mapping[int, float], whole: int) -> list[str]:
+    """Time of a block and of the whole model, each with its ratio to the dense one's.
+
+    Args:
+        ratios: of speed to the dense model's, by depth.
+        dense: milliseconds of the dense model, by depth.
+        whole: blocks of the whole model.
+    """
+    if len(ratios) < 2:
         return ["–"] * 4
-    start, each = line_through([(depth, one["ms"]) for depth, one in mine.items()])
-    dense_start, dense_each = line_through([(depth, one["against_ms"]) for depth, one in mine.items()])
+    start, each = line_through([(depth, dense[depth] / ratio) for depth, ratio in ratios.items()])
+    dense_start, dense_each = line_through([(depth, dense[depth]) for depth in ratios])
     total, dense_total = start + whole * each, dense_start + whole * dense_each
     return [f"{each:.2f}", f"{dense_each / each:.2f}x", f"{total:.0f}", f"{dense_total / total:.2f}x"]
 
@@ -108,7 +121,7 @@ def _duels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
         "## Head to head",
         "",
-        f"{PAPER_SPARSITY:.0%} zeros against each other form, {cells[0]['blocks']} blocks, both in one run.",
+        f"{PAPER_SPARSITY:.0%} zeros against each other form, {blocks_text(cells[0]['blocks'])}, both in one run.",
         "",
         "| form | against | decode | prefill |",
         "|---|---|---|---|",
@@ -143,6 +156,6 @@ def _against_the_paper(cells: Sequence[Mapping[str, Any]]) -> list[str]:
             "reaches" if one["low"] >= PAPER_RATIO else "falls short of" if one["high"] < PAPER_RATIO else "may reach"
         )
         lines.append(f"- {FORMS[cell['form']].title}: {ratio_text(one)} of {base}, which {holds} {PAPER_RATIO:.2f}x.")
-    return (
-        [f"## Beside the paper: decode, {PAPER_SPARSITY:.0%} zeros, {deepest} blocks", "", *lines, ""] if lines else []
-    )
+    if not lines:
+        return []
+    return [f"## Beside the paper: decode, {PAPER_SPARSITY:.0%} zeros, {blocks_text(deepest)}", "", *lines, ""]
