@@ -193,6 +193,7 @@ class ExportReport:
         model_bytes: of the model and its external data.
         dense_bytes: that the same weights take when stored densely.
         sparsity_fraction: of the block linears, as stored; 0 where weights are dense.
+        smoothing: strength, and the tokens whose activations were looked at; None where outliers stayed.
         gate: the figures, or None if it was not asked for.
     """
 
@@ -204,6 +205,7 @@ class ExportReport:
     model_bytes: int
     dense_bytes: int
     sparsity_fraction: float
+    smoothing: Mapping[str, Any] | None
     gate: Mapping[str, Any] | None
 
     def __str__(self) -> str:
@@ -213,6 +215,11 @@ class ExportReport:
             kind += f", {self.sparsity_fraction:.1%} zeros"
         size = f"{self.model_bytes / 1e6:.1f} MB ({self.model_bytes / self.dense_bytes:.2f}x of dense fp32)"
         lines = [f"{self.output}: {kind}, profile {self.profile} by {self.exporter}, {size}"]
+        if self.smoothing is not None:
+            lines.append(
+                f"smoothing: outliers of activations moved into weights, strength {self.smoothing['strength']:g}, by "
+                f"{self.smoothing['tokens']:,} tokens"
+            )
         return "\n".join([*lines, *_gate_lines(self.gate, self.types)])
 
 
@@ -271,7 +278,7 @@ def export_onnx(config: ExportConfig) -> ExportReport:
     ):
         # Hashing gigabytes costs seconds, and leaves the interpreter free meanwhile.
         weights_sha256 = background.submit(checkpoint.weights_sha256)
-        scales, smoothing = _smooth(config.source, spec, strength, text)
+        scales, smoothing = _smooth(config, spec, strength, text)
         manifest = {**_write_model(config, checkpoint, exporter, text, scales, folder), **smoothing}
         if truth is None:
             manifest["gate"] = None
@@ -333,7 +340,7 @@ def _smoothing_strength(config: ExportConfig, spec: DecoderSpec | None) -> float
 
 
 def _smooth(
-    source: Path, spec: DecoderSpec | None, strength: float, text: CalibrationText | None
+    config: ExportConfig, spec: DecoderSpec | None, strength: float, text: CalibrationText | None
 ) -> tuple[dict[str, Float32], dict[str, Any]]:
     """By what tensors are multiplied before they are rounded, and what the manifest says of it."""
     if strength == 0 or spec is None:
@@ -341,8 +348,14 @@ def _smooth(
     from losa_export.channel_maxima import channel_maxima_apart
     from losa_export.reference import default_prompts
 
-    given = np.stack(default_prompts(source, spec.vocab_size)) if text is None else text.windows[:_SMOOTHING_WINDOWS]
-    scales = smoothing_scales(spec, channel_maxima_apart(source, given), strength)
+    if text is None:
+        given = np.stack(default_prompts(config.source, spec.vocab_size))
+    else:
+        given = text.windows[:_SMOOTHING_WINDOWS]
+    with Progress("looking for outliers", 1, "text", enabled=config.progress) as progress:
+        maxima = channel_maxima_apart(config.source, given)
+        progress.advance()
+    scales = smoothing_scales(spec, maxima, strength)
     return scales, {"smoothing": {"strength": strength, "tokens": int(given.size)}}
 
 
@@ -500,5 +513,6 @@ def _report(config: ExportConfig, exporter: Exporter, manifest: dict[str, Any]) 
         model_bytes=manifest["model_bytes"],
         dense_bytes=manifest["dense_bytes"],
         sparsity_fraction=manifest["sparsity_fraction"],
+        smoothing=manifest.get("smoothing"),
         gate=manifest["gate"],
     )

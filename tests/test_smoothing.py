@@ -185,11 +185,17 @@ def test_rounding_costs_less_and_zeros_stay(profile: Any, spoilt: Path, tmp_path
         assert smooth[name]["mask_sha256"] == entry["mask_sha256"]
 
 
-def test_the_command_smooths_unless_told_not_to(spoilt: Path, tmp_path: Path) -> None:
+def test_the_command_smooths_unless_told_not_to(
+    spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("transformers", reason="needs the 'train' extra")
     given = [str(spoilt), "--values", "int4", "--no-gate", "-o"]
     assert main_export([*given, str(tmp_path / "default")]) == 0
+    said = capsys.readouterr()
+    assert "smoothing: outliers of activations moved into weights, strength 0.7, by 48 tokens" in said.out
+    assert "looking for outliers: 1/1" in said.err
     assert main_export([*given, str(tmp_path / "none"), "--smoothing", "0"]) == 0
+    assert "smoothing" not in capsys.readouterr().out
     assert manifest(tmp_path / "default")["smoothing"]["strength"] == 0.7
     assert "smoothing" not in manifest(tmp_path / "none")
 
