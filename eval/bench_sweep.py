@@ -8,12 +8,12 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from losa_export.errors import LosaError
-from losa_export.eval.answer_check import PassedChecks
 from losa_export.eval.bench import BenchConfig, bench
 from losa_export.eval.bench_report import BenchReport
 from losa_export.files import write_text_atomic
@@ -153,24 +153,24 @@ def sweep(
     configs: Sequence[BenchConfig],
     *,
     keep: Callable[[SweepReport], None] = lambda _: None,
-    run: Callable[..., BenchReport] = bench,
+    run: Callable[[BenchConfig], BenchReport] | None = None,
 ) -> SweepReport:
     """Run them one after the other. One that fails is noted, and costs no other.
 
     Args:
         configs: what to run.
         keep: told after each run, so that an interruption loses the one under way alone.
-        run: does one of them, as `bench`.
+        run: does one of them; None: `bench`, which checks once what several of them would.
     """
+    run = run or partial(bench, passed={})
     report = SweepReport()
-    passed: PassedChecks = {}
     for number, config in enumerate(configs, start=1):
         sys.stderr.write(
             f"[{number}/{len(configs)}] {config.candidate_runtime}, threads {config.threads or 'auto'}, batch "
             f"{config.batch}, {config.prompt_tokens} + {config.new_tokens} tokens\n"
         )
         try:
-            report.runs.append(run(config, passed=passed).as_dict())
+            report.runs.append(run(config).as_dict())
         except LosaError as error:
             sys.stderr.write(f"losa: error: {error}\n")
             report.failed.append(

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from losa_export.errors import ConfigError, InputError, LosaError
+from losa_export.eval.answer_check import PassedChecks
 from losa_export.eval.bench import bench
 from losa_export.eval.evaluation import EvalConfig, EvalText, evaluate
 from losa_export.eval.studies.command_line import exit_code, rerun_command
@@ -100,8 +101,8 @@ class Study:
             return None
         return [paired(*both) for both in zip(found["tasks"], source["tasks"], strict=True)]
 
-    def bench(self, variant: Variant) -> None:
-        """Write its record of `losa bench`, against the exact dense model."""
+    def bench(self, variant: Variant, passed: PassedChecks) -> None:
+        """Write its record of `losa bench`, against the exact dense model. `passed` as for `bench`."""
         config = timing_config(
             (variant.runtime, make(variant, self.work / "models")),
             ("ort-stock", self.work / "models" / EXACT),
@@ -110,7 +111,7 @@ class Study:
             new_tokens=self.new_tokens,
             max_seconds=self.max_seconds,
         )
-        bench(config).write(self._file("bench", variant.name))
+        bench(config, passed=passed).write(self._file("bench", variant.name))
 
     def _file(self, step: str, name: str) -> Path:
         path = self.work / step / f"{name}.json"
@@ -136,6 +137,7 @@ def run(study: Study, variants: Sequence[Variant], steps: Sequence[str]) -> dict
 def _actions(study: Study, variants: Sequence[Variant]) -> Iterator[tuple[str, str, Callable[[], object]]]:
     """Step, name of the record, and what makes it."""
     models = study.work / "models"
+    passed: PassedChecks = {}
     for one in variants:
         yield "models", one.name, partial(make, one, models)
     for one in variants:
@@ -149,7 +151,7 @@ def _actions(study: Study, variants: Sequence[Variant]) -> Iterator[tuple[str, s
             yield "tasks", source.name, partial(study.answer, source.name, source, "torch")
     for one in variants:
         if one.name != EXACT:  # the baseline of all
-            yield "bench", one.name, partial(study.bench, one)
+            yield "bench", one.name, partial(study.bench, one, passed)
 
 
 def paired(task: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def test_answers_that_an_engine_has_passed_are_not_asked_for_again(run):
     assert again.report.answers == first.report.answers
 
 
-def test_the_other_side_of_an_earlier_benchmark_is_checked_already(run, folders):
+def test_the_other_side_of_an_earlier_benchmark_is_checked_already(run):
     passed = {}
     run(answers="own", passed=passed)
     turned = {"candidate_runtime": "ort-stock", "baseline_runtime": "ort-stock"}

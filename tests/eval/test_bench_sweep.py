@@ -41,7 +41,7 @@ def document(config: BenchConfig) -> dict[str, Any]:
     }
 
 
-def run(config: BenchConfig, *, passed: PassedChecks) -> Any:
+def run(config: BenchConfig) -> Any:
     if config.candidate_runtime == "deepsparse":
         raise EngineUnavailableError("the engine 'deepsparse' is not installed")
     return SimpleNamespace(as_dict=lambda: document(config))
@@ -89,14 +89,15 @@ def test_a_run_that_fails_costs_no_other_and_each_is_kept_at_once(common: BenchC
     }
 
 
-def test_all_runs_share_what_they_have_checked(common: BenchConfig) -> None:
+def test_all_runs_share_what_they_have_checked(common: BenchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     memories: list[int] = []
 
     def noting(config: BenchConfig, *, passed: PassedChecks) -> Any:
         memories.append(id(passed))
-        return run(config, passed=passed)
+        return run(config)
 
-    sweep(all_of(common), run=noting)
+    monkeypatch.setattr(bench_sweep, "bench", noting)
+    sweep(all_of(common))
     assert len(memories) == 16
     assert len(set(memories)) == 1
 
