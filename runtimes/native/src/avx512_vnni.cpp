@@ -65,8 +65,8 @@ constexpr KernelRow kAvx512VnniRow = {
     supported,
     {},  // fp32
     {bf16_decode, bf16_prefill, pack<Floats>, kMaxDecodeTokens + 1},
-    {vnni_int8_decode, vnni_int8_prefill, pack_integers, kInt8PrefillTokens},
-    {vnni_int4_decode, vnni_int4_prefill, pack_integers, kMaxDecodeTokens + 1},
+    {vnni_int8_decode, vnni_int8_prefill, pack_integers, kInt8PrefillTokens, arrange_integers},
+    {vnni_int4_decode, vnni_int4_prefill, pack_integers, kMaxDecodeTokens + 1, arrange_integers},
     round_tokens,
     nullptr,  // gate
     nullptr,  // attend

@@ -9,7 +9,10 @@ namespace {
 // A task below this many weights costs more to hand out than to run; above kMaxTasks they only crowd.
 constexpr int64_t kDecodeTaskWeights = 48 * 1024;
 constexpr int64_t kMaxTasks = 64;
-// Blocks of a task, if the weight has as many, that make arranging several tokens a small part of its work.
+// Activations below this many are prepared sooner than threads have met after it.
+constexpr int64_t kPreparedAlone = 16 * 1024;
+// Blocks of a task, if the weight has as many, that make beginning one a small part of its work where tokens are several:
+// memory is read from another place on, and floats are copied anew, which takes as long as a block or more.
 constexpr int64_t kFewBlocks = 8;
 constexpr int64_t kPrefillTasks = 16;
 constexpr int64_t kPrefillMaxBlocks = 8;
@@ -24,7 +27,6 @@ int64_t decode_blocks_per_task(const Weight& w, int64_t tokens) {
   const int64_t weights = w.blocks() * kBlockRows * w.columns;
   const int64_t tasks = clamp(weights * tokens / kDecodeTaskWeights, 1, kMaxTasks);
   const int64_t blocks = (w.blocks() + tasks - 1) / tasks;
-  // Each task arranges its activations anew, which for several tokens takes as long as a block or more.
   return tokens == 1 || blocks >= kFewBlocks ? blocks : clamp(w.blocks() / 2, 1, kFewBlocks);
 }
 
@@ -60,9 +62,12 @@ bool Product::reserve(ProductMemory* memory) {
   if (integer) {
     const RoundedTokens shape{nullptr, nullptr, w_.columns, w_.group};
     const int64_t value_bytes = (tokens_ * shape.padded_columns() * 2 + 63) / 64 * 64;
-    char* to = static_cast<char*>(memory->rounded.reserve(value_bytes + tokens_ * shape.groups() * 4));
+    const int64_t scale_bytes = (tokens_ * shape.groups() * 4 + 63) / 64 * 64;
+    const int64_t arranged_bytes = arranges() ? tokens_ * shape.arranged_bytes() : 0;
+    char* to = static_cast<char*>(memory->rounded.reserve(value_bytes + scale_bytes + arranged_bytes));
     if (to == nullptr) return false;
-    rounded_ = {reinterpret_cast<int16_t*>(to), reinterpret_cast<float*>(to + value_bytes), w_.columns, w_.group};
+    rounded_ = {reinterpret_cast<int16_t*>(to), reinterpret_cast<float*>(to + value_bytes), w_.columns, w_.group,
+                arranges() ? to + value_bytes + scale_bytes : nullptr};
   }
   if (!prefill_) return true;
   const int64_t value_bytes =
@@ -81,6 +86,13 @@ void Product::add_to(Stages* stages) {
     stages->add(static_cast<size_t>(token_tile_count(tokens_)), pack, this);
     return stages->add(tasks, product, this);
   }
+  if (tokens_ > 1 && tokens_ * w_.columns >= kPreparedAlone && prepares()) {
+    const auto prepare = [](void* self, size_t token) {
+      static_cast<const Product*>(self)->prepare(static_cast<int64_t>(token), 1);
+    };
+    stages->add(static_cast<size_t>(tokens_), prepare, this);
+    return stages->add(tasks, product, this);
+  }
   const auto prepare = [](void* self) {
     const Product& product = *static_cast<const Product*>(self);
     product.prepare(0, product.tokens_);
@@ -91,7 +103,11 @@ void Product::add_to(Stages* stages) {
 void Product::prepare(int64_t first, int64_t count) const {
   const int64_t place = first * w_.columns;
   if (norm_.present()) skip_norm(x_ + place, count, w_.columns, norm_.from(first, w_.columns), normed_ + place);
-  if (is_integer(w_.type)) row_.round(activations() + place, count, w_.activation_bits, rounded_.from(first));
+  if (!is_integer(w_.type)) return;
+  row_.round(activations() + place, count, w_.activation_bits, rounded_.from(first));
+  if (!arranges()) return;
+  for (int64_t token = first; token < first + count; ++token)
+    row_.integers(w_.type).arrange(w_, rounded_, tokens_, token);
 }
 
 void Product::pack(size_t index) const {

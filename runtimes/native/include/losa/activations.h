@@ -15,13 +15,18 @@ struct RoundedTokens {
   float* scales;     // [tokens, groups]
   int64_t columns;   // K
   int64_t group;
+  char* arranged = nullptr;  // [tokens, arranged_bytes], if the row's decode wants values in another order
 
   LOSA_INLINE int64_t padded_columns() const { return groups() * group; }
   LOSA_INLINE int64_t groups() const { return (columns + group - 1) / group; }
   LOSA_INLINE int16_t* token(int64_t index) const { return values + index * padded_columns(); }
   LOSA_INLINE float* token_scales(int64_t index) const { return scales + index * groups(); }
+  /// Room for the values of a token, four bytes for each group, and an odd number of cache lines in all, so that tokens
+  /// next to each other never lie at the same place of a page: an L1 cache could not hold eight of them.
+  LOSA_INLINE int64_t arranged_bytes() const { return ((2 * padded_columns() + 4 * groups() + 63) / 64 | 1) * 64; }
+  LOSA_INLINE char* arranged_token(int64_t index) const { return arranged + index * arranged_bytes(); }
   LOSA_INLINE RoundedTokens from(int64_t index) const {
-    return {token(index), token_scales(index), columns, group};
+    return {token(index), token_scales(index), columns, group, arranged == nullptr ? nullptr : arranged_token(index)};
   }
 };
 

@@ -30,6 +30,9 @@ struct IntegerKernels {
   void (*prefill)(const Weight& w, BlockRange blocks, const PackedTokens& packed, int64_t tokens, float* y);
   void (*pack)(const Weight& w, const RoundedTokens& x, int64_t tokens, int64_t tile, const PackedTokens& packed);
   int64_t prefill_min_tokens;
+  /// Writes x.arranged of token `token` of the `tokens` that decode will be given. What lies there is the row's own
+  /// affair. Null: decode takes the values as they are.
+  void (*arrange)(const Weight& w, const RoundedTokens& x, int64_t tokens, int64_t token) = nullptr;
 };
 
 /// What an instruction set has. A part left out (null) comes from the next row of the table that runs on

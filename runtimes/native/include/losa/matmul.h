@@ -26,7 +26,10 @@ class Product {
  private:
   /// What is multiplied.
   const float* activations() const { return norm_.present() ? normed_ : x_; }
-  /// Adds and norms some tokens and rounds them, as far as the operator asks for either.
+  /// Whether prepare() has anything to do.
+  bool prepares() const { return norm_.present() || is_integer(w_.type); }
+  bool arranges() const { return !prefill_ && is_integer(w_.type) && row_.integers(w_.type).arrange != nullptr; }
+  /// Adds and norms some tokens, and rounds and arranges them, as far as the operator and the kernels ask for it.
   void prepare(int64_t first, int64_t count) const;
   void pack(size_t tile) const;
   void run_task(size_t task) const;

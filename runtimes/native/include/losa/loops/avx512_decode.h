@@ -1,11 +1,11 @@
-// Few tokens: a block's sums stay in registers, and activations come from a panel, where they lie as the
-// multiply-adds want them. Rows of x would lie at multiples of a page all too often, where few of them fit the L1
-// cache at once; in a panel no two tokens do.
+// Few tokens: a block's sums stay in registers, and activations come from a panel, as many columns as the L1 cache
+// holds. There they lie as the multiply-adds want them. Rows of x would lie at multiples of a page all too often, where
+// few of them fit that cache at once; in a panel no two tokens do.
 //
 // Kernel<Tokens> gives
 //   kPanelColumns                  columns that its panel has room for, a multiple of kMaxGroup
 //   Walk                           walks the weights of a block: start(w, index)
-//   fill(x, first, count)          makes the panel from columns [first, first + count) of x
+//   begin(x, first, count)         makes or finds the panel of columns [first, first + count) of x
 //   kBlocks                        blocks it likes to take at once, 1 or 2
 //   blocks(w, index, first, count, walks, y)
 //                                  adds the products of those columns, with which `walks` go on, to y; if they are the
@@ -42,7 +42,7 @@ static void decode_panels(const losa::Weight& w, losa::BlockRange blocks, const 
   for (int64_t first = 0; first < w.columns; first += Kernel::kPanelColumns) {
     const int64_t left = w.columns - first;
     const int64_t count = left < Kernel::kPanelColumns ? left : Kernel::kPanelColumns;
-    kernel.fill(x, first, count);
+    kernel.begin(x, first, count);
     for (int64_t b = blocks.first; b < blocks.last;) {
       if (blocks.last - b >= Kernel::kBlocks)
         b += walk_blocks<Kernel::kBlocks>(kernel, w, b, first, count, walks + (b - blocks.first), y);

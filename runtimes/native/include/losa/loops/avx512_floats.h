@@ -55,13 +55,13 @@ struct FloatDecode {
     static constexpr int kBlocks = Tokens == 1 ? 1 : 2;  // which share each activation that is loaded
     using Walk = typename From::Words;
 
-    void fill(const FloatTokens& x, int64_t first, int64_t count) {
+    void begin(const FloatTokens& x, int64_t first, int64_t count) {
 #pragma GCC unroll 1
       for (int t = 0; t < Tokens; ++t)
         __builtin_memcpy(x_[t], x.from(t).values + first, static_cast<size_t>(count) * sizeof(float));
     }
 
-template <int Blocks>
+    template <int Blocks>
     void blocks(const losa::Weight& w, int64_t index, int64_t first, int64_t count, Walk (&walks)[Blocks],
                 float* y) const {
       // So many sums of a token and a block that no multiply-add waits for the one before.

@@ -10,20 +10,13 @@ struct IntegerDecode {
     static constexpr int kBlocks = Tokens == 1 ? 1 : 2;
     using Walk = Steps;
 
-    void fill(const losa::RoundedTokens& x, int64_t first, int64_t count) {
-      const int64_t first_group = first / x.group, groups = (count + x.group - 1) / x.group;
-#pragma GCC unroll 1
-      for (int t = 0; t < Tokens; ++t) {
-        scales_[t] = x.token_scales(t) + first_group;
-        const int16_t* from = x.token(t) + first;
-        int32_t* to = elements_[t];
-        for (int64_t group = 0; group < groups; ++group) {
-          __m512i start = _mm512_setzero_si512();
-          for (int64_t k = 0; k < x.group; k += 32, from += 32, to += 32 / 4 * Elements::kOfStep)
-            start = _mm512_add_epi32(start, Elements::arrange(from, to));
-          starts_[t][group] = _mm512_reduce_add_epi32(start);
-        }
-      }
+    void begin(const losa::RoundedTokens& x, int64_t first, int64_t) {
+      const ArrangedToken arranged(x, 0);
+      elements_ = arranged.elements + first / 4 * Elements::kOfStep;
+      starts_ = arranged.starts + first / x.group;
+      scales_ = x.token_scales(0) + first / x.group;
+      stride_ = x.arranged_bytes() / static_cast<int64_t>(sizeof(int32_t));
+      groups_ = x.groups();
     }
 
     /// Blocks from `index` on, as many as there are walks.
@@ -39,7 +32,7 @@ struct IntegerDecode {
         for (int t = 0; t < Tokens; ++t)
           results[b][t] = first == 0 ? _mm512_setzero_ps() : load_results(w, index + b, t, y);
       }
-      const int32_t* x = elements_[0];
+      const int32_t* x = elements_;
       for (int64_t group = 0; count > 0; ++group, count -= w.group) {
         const int64_t group_steps = ((count < w.group ? count : w.group) + 3) / 4;
         __m512i sums[Blocks][Tokens];
@@ -50,7 +43,7 @@ struct IntegerDecode {
           const __m512 weight_scales = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales[b])));
 #pragma GCC unroll 8
           for (int t = 0; t < Tokens; ++t) {
-            const __m512 both = _mm512_mul_ps(weight_scales, _mm512_set1_ps(scales_[t][group]));
+            const __m512 both = _mm512_mul_ps(weight_scales, _mm512_set1_ps(scales_[t * groups_ + group]));
             results[b][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[b][t]), both, results[b][t]);
           }
           scales[b] += losa::kBlockRows;
@@ -66,7 +59,6 @@ struct IntegerDecode {
     // Several tokens wait for multiply-adds, these for expansions unless those are a step ahead. On a Zen 4 eight tokens
     // of 8 bits take 2 to 4 % less time so, of 16 bits 8 to 10 %; one token waits for memory.
     static constexpr bool kAhead = Tokens > 1;
-    static constexpr int64_t kStride = kPanelColumns / 4 * Elements::kOfStep + 16;  // one line off a page
 
     template <int Blocks>
     LOSA_INLINE void add_group(Walk (&walks)[Blocks], const int32_t* x, int64_t group, int64_t count,
@@ -78,10 +70,11 @@ struct IntegerDecode {
       for (int b = 0; b < Blocks; ++b)
 #pragma GCC unroll 8
         for (int t = 0; t < Tokens; ++t) {
-          sums[b][t][0] = _mm512_set1_epi32(starts_[t][group]);
+          sums[b][t][0] = _mm512_set1_epi32(starts_[t * stride_ + group]);
 #pragma GCC unroll 4
           for (int p = 1; p < kPartial; ++p) sums[b][t][p] = _mm512_setzero_si512();
         }
+      const int64_t stride = stride_;
       __m512i steps[Blocks];
       if (kAhead) expand(walks, steps);
       int64_t left = kAhead ? count - 1 : count;
@@ -89,11 +82,11 @@ struct IntegerDecode {
 #pragma GCC unroll 2
         for (int b = 0; b < Blocks; ++b) walks[b].prefetch();
 #pragma GCC unroll 4
-        for (int turn = 0; turn < 4; ++turn, x += Elements::kOfStep) add_step(walks, x, turn, steps, sums);
+        for (int turn = 0; turn < 4; ++turn, x += Elements::kOfStep) add_step(walks, x, stride, turn, steps, sums);
       }
 #pragma GCC unroll 1
-      for (; left > 0; --left, x += Elements::kOfStep) add_step(walks, x, 0, steps, sums);
-      if (kAhead) Elements::add_steps(steps, x, kStride, 0, sums);
+      for (; left > 0; --left, x += Elements::kOfStep) add_step(walks, x, stride, 0, steps, sums);
+      if (kAhead) Elements::add_steps(steps, x, stride, 0, sums);
 #pragma GCC unroll 2
       for (int b = 0; b < Blocks; ++b)
 #pragma GCC unroll 8
@@ -102,11 +95,11 @@ struct IntegerDecode {
 
     /// Of each block a step meets its activations, and one is expanded: the next one if kAhead, in place of `steps`.
     template <int Blocks, int Partial>
-    LOSA_INLINE static void add_step(Walk (&walks)[Blocks], const int32_t* x, int turn, __m512i (&steps)[Blocks],
-                                     __m512i (&sums)[Blocks][Tokens][Partial]) {
+    LOSA_INLINE static void add_step(Walk (&walks)[Blocks], const int32_t* x, int64_t stride, int turn,
+                                     __m512i (&steps)[Blocks], __m512i (&sums)[Blocks][Tokens][Partial]) {
       __m512i expanded[Blocks];
       expand(walks, expanded);
-      Elements::add_steps(kAhead ? steps : expanded, x, kStride, turn, sums);
+      Elements::add_steps(kAhead ? steps : expanded, x, stride, turn, sums);
 #pragma GCC unroll 2
       for (int b = 0; b < Blocks; ++b) steps[b] = expanded[b];
     }
@@ -117,9 +110,10 @@ struct IntegerDecode {
       for (int b = 0; b < Blocks; ++b) steps[b] = Elements::next(walks[b]);
     }
 
-    alignas(64) int32_t elements_[Tokens][kStride];
-    int32_t starts_[Tokens][kPanelColumns / 32];
-    const float* scales_[Tokens];
+    // Of the first token and column; another token's elements and starts are `stride_` on, its scales `groups_`.
+    const int32_t *elements_, *starts_;
+    const float* scales_;
+    int64_t stride_, groups_;
   };
 
   static void run(const losa::Weight& w, losa::BlockRange blocks, const losa::RoundedTokens& x, int64_t tokens,

@@ -7,6 +7,15 @@
 // vpdpbusd wants one side unsigned, and taking even bytes is cheapest so, too. What is added to a side, 128, comes off
 // again as 128 times the sum of the other side, which is where the sums of a group start. All of it is exact in int32.
 
+/// A token's activations as decode reads them, in RoundedTokens::arranged.
+struct ArrangedToken {
+  ArrangedToken(const losa::RoundedTokens& x, int64_t token)
+      : elements(reinterpret_cast<int32_t*>(x.arranged_token(token))), starts(elements + x.padded_columns() / 2) {}
+
+  int32_t* elements;  // in the order of steps
+  int32_t* starts;    // of each group, what its sums start at
+};
+
 /// What prefill's products (avx512_products.h) want of either kind.
 struct IntegerElements {
   using Element = int32_t;

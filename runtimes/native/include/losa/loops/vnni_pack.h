@@ -1,4 +1,4 @@
-// Packs rounded activations for the prefill of int8 and int4 weights.
+// Rounded activations in the order of int8 and int4 kernels: packed for prefill, arranged for decode.
 
 /// Tile `index` of tokens, [element][token], and its scales.
 template <class Elements>
@@ -20,4 +20,26 @@ static void pack_integers(const losa::Weight& w, const losa::RoundedTokens& x, i
     pack_rounded<Quads>(w, x, tokens, tile, packed);
   else
     pack_rounded<Pairs>(w, x, tokens, tile, packed);
+}
+
+template <class Elements>
+static void arrange_elements(const losa::RoundedTokens& x, int64_t token) {
+  const int16_t* from = x.token(token);
+  const ArrangedToken arranged(x, token);
+  int32_t* to = arranged.elements;
+  for (int64_t group = 0; group < x.groups(); ++group) {
+    __m512i start = _mm512_setzero_si512();
+    for (int64_t k = 0; k < x.group; k += 32, from += 32, to += 32 / 4 * Elements::kOfStep)
+      start = _mm512_add_epi32(start, Elements::arrange(from, to));
+    arranged.starts[group] = _mm512_reduce_add_epi32(start);
+  }
+}
+
+static void arrange_integers(const losa::Weight& w, const losa::RoundedTokens& x, int64_t tokens, int64_t token) {
+  if (w.activation_bits == 8)
+    arrange_elements<Quads>(x, token);
+  else if (tokens == 1)
+    arrange_elements<SplitQuads>(x, token);
+  else
+    arrange_elements<Pairs>(x, token);
 }
