@@ -6,6 +6,7 @@ struct Floats {
   using Element = float;
   using Vector = __m512;
   using Sums = __m512;
+  static constexpr bool kMixes = false;
 
   template <int Lanes = kVectorLanes>
   static Vector load(const float* p) { return load_floats<Lanes>(p); }

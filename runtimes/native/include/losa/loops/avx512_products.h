@@ -9,6 +9,7 @@
 //   begin<Lanes>(sums, start)        sums to go on with: those so far, or the start where a tile is summed for itself
 //   scales<Lanes>(p), scale(p)       scales of what the lanes are, or one in all lanes
 //   finish<Lanes>(sums, total, a, b) stores a tile's sums; a and b are the scales of rows and of tokens
+//   kMixes                           whether elements of one row are faster among those of two; of fp32 they are not
 
 /// Lanes run along rows. 12 tokens by two blocks have their sums in registers: 24 multiply-adds for 14 loads.
 template <class V>
@@ -155,22 +156,27 @@ class SparseRow {
     sums_.begin(tokens_.sums, V::start(tile, row));
     next_sums_.begin(next_.sums, V::start(tile, row));
   }
-  /// Adds the products of the elements that are set.
-  LOSA_INLINE void add(uint64_t elements) {
-    for (; elements != 0; elements &= elements - 1) {
-      const int64_t k = __builtin_ctzll(elements);
-      const auto weight = V::broadcast(weights_ + k * losa::kBlockRows);
-      sums_.add(weight, tokens_.x + k * Width);
-      next_sums_.add(weight, next_.x + k * Next);
-    }
+  /// Adds the products of element `k`.
+  LOSA_INLINE void add(int64_t k) {
+    const auto weight = V::broadcast(weights_ + k * losa::kBlockRows);
+    sums_.add(weight, tokens_.x + k * Width);
+    next_sums_.add(weight, next_.x + k * Next);
   }
-  LOSA_INLINE static void add_to_both(SparseRow& a, SparseRow& b, uint64_t elements) {
-    for (; elements != 0; elements &= elements - 1) {
-      const int64_t k = __builtin_ctzll(elements), at = k * losa::kBlockRows;
-      const auto of_a = V::broadcast(a.weights_ + at), of_b = V::broadcast(b.weights_ + at);
-      RowSums<V, Width>::add_to_both(a.sums_, b.sums_, of_a, of_b, a.tokens_.x + k * Width);
-      RowSums<V, Next>::add_to_both(a.next_sums_, b.next_sums_, of_a, of_b, a.next_.x + k * Next);
-    }
+  LOSA_INLINE static void add_to_both(SparseRow& a, SparseRow& b, int64_t k) {
+    const int64_t at = k * losa::kBlockRows;
+    const auto of_a = V::broadcast(a.weights_ + at), of_b = V::broadcast(b.weights_ + at);
+    RowSums<V, Width>::add_to_both(a.sums_, b.sums_, of_a, of_b, a.tokens_.x + k * Width);
+    RowSums<V, Next>::add_to_both(a.next_sums_, b.next_sums_, of_a, of_b, a.next_.x + k * Next);
+  }
+  /// Element `k` of both, and `alone` of `one`, which is either of them.
+  LOSA_INLINE static void add_mixed(SparseRow& a, SparseRow& b, int64_t k, SparseRow& one, int64_t alone) {
+    const int64_t at = k * losa::kBlockRows;
+    const auto of_a = V::broadcast(a.weights_ + at), of_b = V::broadcast(b.weights_ + at);
+    const auto of_one = V::broadcast(one.weights_ + alone * losa::kBlockRows);
+    RowSums<V, Width>::add_to_both(a.sums_, b.sums_, of_a, of_b, a.tokens_.x + k * Width);
+    one.sums_.add(of_one, one.tokens_.x + alone * Width);
+    RowSums<V, Next>::add_to_both(a.next_sums_, b.next_sums_, of_a, of_b, a.next_.x + k * Next);
+    one.next_sums_.add(of_one, one.next_.x + alone * Next);
   }
   LOSA_INLINE void finish() {
     sums_.finish(tokens_.sums, scale_, tokens_.scales);
@@ -185,9 +191,21 @@ class SparseRow {
   RowSums<V, Next> next_sums_;
 };
 
+/// The set bits of a mask, from the lowest on: for (Bits k(mask); k.any(); k.next()) ... *k
+class Bits {
+ public:
+  LOSA_INLINE explicit Bits(uint64_t mask) : left_(mask) {}
+  LOSA_INLINE bool any() const { return left_ != 0; }
+  LOSA_INLINE int64_t operator*() const { return __builtin_ctzll(left_); }
+  LOSA_INLINE void next() { left_ &= left_ - 1; }
+
+ private:
+  uint64_t left_;
+};
+
 /// Lanes run along tokens, so that an absent element costs nothing: a row's kept ones are the set bits of a 64-bit
 /// mask. Those that two neighbouring rows keep are taken together, since a load of activations takes as long as a
-/// multiply-add.
+/// multiply-add. That leaves time for the loads of those that one row keeps, which are taken along if V::kMixes.
 template <class V>
 struct SparseProduct {
   using Element = typename V::Element;
@@ -201,9 +219,14 @@ struct SparseProduct {
     for (int row = 0; row < losa::kBlockRows; row += 2) {
       const uint64_t of_a = tile.kept[row], of_b = tile.kept[row + 1];
       Row a(tile, row, tokens, next), b(tile, row + 1, tokens, next);
-      Row::add_to_both(a, b, of_a & of_b);
-      a.add(of_a & ~of_b);
-      b.add(of_b & ~of_a);
+      Bits both(of_a & of_b), alone_a(of_a & ~of_b), alone_b(of_b & ~of_a);
+      if constexpr (V::kMixes) {
+        for (; both.any() && alone_a.any(); both.next(), alone_a.next()) Row::add_mixed(a, b, *both, a, *alone_a);
+        for (; both.any() && alone_b.any(); both.next(), alone_b.next()) Row::add_mixed(a, b, *both, b, *alone_b);
+      }
+      for (; both.any(); both.next()) Row::add_to_both(a, b, *both);
+      for (; alone_a.any(); alone_a.next()) a.add(*alone_a);
+      for (; alone_b.any(); alone_b.next()) b.add(*alone_b);
       a.finish();
       b.finish();
     }

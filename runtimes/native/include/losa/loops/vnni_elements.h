@@ -21,6 +21,7 @@ struct IntegerElements {
   using Element = int32_t;
   using Vector = __m512i;
   using Sums = __m512i;
+  static constexpr bool kMixes = true;
 
   static Vector broadcast(const int32_t* p) { return _mm512_set1_epi32(*p); }
   template <int Lanes>
@@ -51,7 +52,7 @@ LOSA_INLINE static __m512i sum_up(const __m512i (&sums)[Partial]) {
 
 struct Pairs : IntegerElements {
   static constexpr int kOfStep = 2;
-  static constexpr PrefillCosts kCosts = {1.12, 0.17, 1.0};
+  static constexpr PrefillCosts kCosts = {1.12, 0.14, 1.0};
 
   // Decoding: x stays signed, weights in even columns get the 128.
 
