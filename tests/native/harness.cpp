@@ -99,6 +99,7 @@ int main(int count, char** arguments) {
     test::check_attention(rows);
     test::check_chains(rows);
     test::check_sizes();
+    test::check_wide_products(rows);
     test::check_products(rows, quick, number(0, 0), number(1, 1));
   }
   if (all || take("fuzz")) test::fuzz(rows, static_cast<uint64_t>(number(0, 1)), number(1, 0), number(2, 1000));

@@ -29,6 +29,8 @@ std::string describe(const Example& e);
 /// Every row of `rows` over sound weights: scalar against double, the others against scalar. Of `parts` equal
 /// parts of the work, does number `part`; quick: a smaller choice.
 void check_products(const Rows& rows, bool quick, int64_t part, int64_t parts);
+/// The same over rows so long that several tokens are prepared on several threads.
+void check_wide_products(const Rows& rows);
 void check_rounding(const Rows& rows);
 void check_gathering();
 void check_norms(const Rows& rows);

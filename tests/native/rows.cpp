@@ -162,6 +162,24 @@ void check_products(const Rows& rows, bool quick, int64_t part, int64_t parts) {
   for (const KernelRow* row : rows) std::printf("row %s: %d examples\n", row->name, static_cast<int>(checked));
 }
 
+void check_wide_products(const Rows& rows) {
+  // So many activations that they are prepared token by token, and several panels of them.
+  Random random(5);
+  for (ValueType type : {ValueType::kFp32, ValueType::kInt8, ValueType::kInt4}) {
+    for (int64_t bits : {8, 16}) {
+      const Example e = make_example(type, Kind::kSparse, 18, 4300, 0.3, 128, bits, random);
+      const Stored stored(e);
+      losa::Weight w{};
+      std::string error;
+      if (!losa::validate(stored.parts(), &w, &error)) return fail(describe(e) + ": a sound weight is refused: " + error);
+      const Reference reference(e.matrix, w.type, w.activation_bits);
+      for (int64_t tokens : {1, 4, 8, 9})
+        check(rows, e, w, reference, random_tokens(tokens, 4300, random), tokens,
+              describe(e) + " M=" + std::to_string(tokens));
+    }
+  }
+}
+
 void check_rounding(const Rows& rows) {
   Random random(99);
   static constexpr float kBad[] = {NAN, INFINITY, -INFINITY};
