@@ -9,7 +9,7 @@ namespace {
 // A task below this many weights costs more to hand out than to run; above kMaxTasks they only crowd.
 constexpr int64_t kDecodeTaskWeights = 48 * 1024;
 constexpr int64_t kMaxTasks = 64;
-// Activations below this many are prepared sooner than threads have met after it.
+// Fewer activations than this one thread prepares sooner than several do, which then have to meet.
 constexpr int64_t kPreparedAlone = 16 * 1024;
 // Blocks of a task, if the weight has as many, that make beginning one a small part of its work where tokens are several:
 // memory is read from another place on, and floats are copied anew, which takes as long as a block or more.

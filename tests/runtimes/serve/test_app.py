@@ -423,9 +423,8 @@ def test_a_request_keeps_its_name_in_the_log_and_no_prompt_gets_there(
 ) -> None:
     running = serve()
     with caplog.at_level("INFO", "losa.serve"):
-        _, headers, _ = post(
-            running.url + "/v1/completions", {"prompt": "the secret cat", "max_tokens": 3}, **{"X-Request-ID": "abc-1"}
-        )
+        secret = {"prompt": "the secret cat", "max_tokens": 3, "ignore_eos": True}
+        _, headers, _ = post(running.url + "/v1/completions", secret, **{"X-Request-ID": "abc-1"})
         _, other, _ = post(
             running.url + "/v1/completions", {"prompt": "a", "max_tokens": 3}, **{"X-Request-ID": "bad id!"}
         )

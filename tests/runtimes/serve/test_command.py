@@ -54,11 +54,13 @@ class Process:
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
+def start(tmp_path: Path) -> Iterator[Start]:
     started: list[Process] = []
+    # What a killed server leaves behind goes with the test's own files.
+    scratch = {"TMPDIR": str(tmp_path)}
 
     def begin(*arguments: str, **environment: str) -> Process:
-        started.append(Process("--port", "0", *arguments, **environment))
+        started.append(Process("--port", "0", *arguments, **scratch, **environment))
         return started[-1]
 
     yield begin
