@@ -19,6 +19,9 @@ constexpr int64_t kPrefillMaxBlocks = 8;
 
 int64_t padded_tokens(int64_t tokens) { return (tokens + kTokenStep - 1) / kTokenStep * kTokenStep; }
 
+/// Bytes of whole cache lines that hold `bytes`.
+int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
 int64_t clamp(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : value > high ? high : value;
 }
@@ -61,8 +64,8 @@ bool Product::reserve(ProductMemory* memory) {
   const bool integer = is_integer(w_.type);
   if (integer) {
     const RoundedTokens shape{nullptr, nullptr, w_.columns, w_.group};
-    const int64_t value_bytes = (tokens_ * shape.padded_columns() * 2 + 63) / 64 * 64;
-    const int64_t scale_bytes = (tokens_ * shape.groups() * 4 + 63) / 64 * 64;
+    const int64_t value_bytes = whole_lines(tokens_ * shape.padded_columns() * 2);
+    const int64_t scale_bytes = whole_lines(tokens_ * shape.groups() * 4);
     const int64_t arranged_bytes = arranges() ? tokens_ * shape.arranged_bytes() : 0;
     char* to = static_cast<char*>(memory->rounded.reserve(value_bytes + scale_bytes + arranged_bytes));
     if (to == nullptr) return false;

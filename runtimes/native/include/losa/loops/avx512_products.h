@@ -191,10 +191,10 @@ class SparseRow {
   RowSums<V, Next> next_sums_;
 };
 
-/// The set bits of a mask, from the lowest on: for (Bits k(mask); k.any(); k.next()) ... *k
-class Bits {
+/// The set bits of a mask, from the lowest on: for (SetBits k(mask); k.any(); k.next()) ... *k
+class SetBits {
  public:
-  LOSA_INLINE explicit Bits(uint64_t mask) : left_(mask) {}
+  LOSA_INLINE explicit SetBits(uint64_t mask) : left_(mask) {}
   LOSA_INLINE bool any() const { return left_ != 0; }
   LOSA_INLINE int64_t operator*() const { return __builtin_ctzll(left_); }
   LOSA_INLINE void next() { left_ &= left_ - 1; }
@@ -219,7 +219,7 @@ struct SparseProduct {
     for (int row = 0; row < losa::kBlockRows; row += 2) {
       const uint64_t of_a = tile.kept[row], of_b = tile.kept[row + 1];
       Row a(tile, row, tokens, next), b(tile, row + 1, tokens, next);
-      Bits both(of_a & of_b), alone_a(of_a & ~of_b), alone_b(of_b & ~of_a);
+      SetBits both(of_a & of_b), alone_a(of_a & ~of_b), alone_b(of_b & ~of_a);
       if constexpr (V::kMixes) {
         for (; both.any() && alone_a.any(); both.next(), alone_a.next()) Row::add_mixed(a, b, *both, a, *alone_a);
         for (; both.any() && alone_b.any(); both.next(), alone_b.next()) Row::add_mixed(a, b, *both, b, *alone_b);

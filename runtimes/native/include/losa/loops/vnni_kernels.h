@@ -15,6 +15,7 @@
 
 // `Sparse` and `Dense` walk a weight of the type (vnni_steps.h).
 
+/// Activations were arranged by arrange_integers (vnni_pack.h), which chooses alike.
 template <class Steps>
 static void decode_steps(const losa::Weight& w, losa::BlockRange blocks, const losa::RoundedTokens& x, int64_t tokens,
                          float* y) {

@@ -35,6 +35,7 @@ static void arrange_elements(const losa::RoundedTokens& x, int64_t token) {
   }
 }
 
+/// In the order of the elements that decode_steps (vnni_kernels.h) takes for so many tokens.
 static void arrange_integers(const losa::Weight& w, const losa::RoundedTokens& x, int64_t tokens, int64_t token) {
   if (w.activation_bits == 8)
     arrange_elements<Quads>(x, token);
